@@ -1,0 +1,68 @@
+"""matrix-bus: multi-agent synthetic data generation as rows that travel over NATS JetStream.
+
+Everything public is here; modules below this one are private in all but name. Names load on first use, so that
+importing the package costs nothing that is not needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .agent import Next, Outcome, Row, State, Workflow, failed, filtered, load_workflow, success, to
+    from .config import ModelConfig, RoleConfig, RunConfig, Sampling
+    from .errors import MatrixBusError
+    from .llm import LLM, Message, Reply, assistant, system, tool, user
+    from .orchestrator import OutcomeRecord, Usage
+
+_HOMES = {
+    "agent": ("Next", "Outcome", "Row", "State", "Workflow", "failed", "filtered", "load_workflow", "success", "to"),
+    "config": ("ModelConfig", "RoleConfig", "RunConfig", "Sampling"),
+    "errors": ("MatrixBusError",),
+    "llm": ("LLM", "Message", "Reply", "assistant", "system", "tool", "user"),
+    "orchestrator": ("OutcomeRecord", "Usage"),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__version__ = "0.1.0"
+
+__all__ = (
+    "LLM",
+    "MatrixBusError",
+    "Message",
+    "ModelConfig",
+    "Next",
+    "Outcome",
+    "OutcomeRecord",
+    "Reply",
+    "RoleConfig",
+    "Row",
+    "RunConfig",
+    "Sampling",
+    "State",
+    "Usage",
+    "Workflow",
+    "__version__",
+    "assistant",
+    "failed",
+    "filtered",
+    "load_workflow",
+    "success",
+    "system",
+    "to",
+    "tool",
+    "user",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

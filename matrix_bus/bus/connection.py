@@ -1,0 +1,401 @@
+"""One connection to the broker: confirmed publishing, look-ups and acks, multiplexed over one inbox."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import itertools
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import msgspec
+import nats
+import nats.errors
+from msgspec import Struct
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from ..errors import BusError, BusTimeout, BusUnavailable, BusUnsuitable, MatrixBusError, NobodyListens, PublishRefused
+from ..telemetry import logger
+
+OLDEST_SERVER = (2, 12)
+"""Batched direct get and per-subject fences with wildcards need it; what is tested is 2.15."""
+
+CALL_TIMEOUT_S = 5.0
+_SWEEP_S = 0.5
+
+# JetStream's err_code values (server/errors.json of nats-server).
+WRONG_LAST_SEQUENCE = 10071
+NO_MESSAGE = 10037
+STREAM_NOT_FOUND = 10059
+CONSUMER_NOT_FOUND = 10014
+
+log = logger("bus")
+
+
+class PubAck(Struct):
+    """The broker's confirmation that a message is stored."""
+
+    seq: int = 0
+    duplicate: bool = False
+
+
+class Stored(Struct):
+    """A message as it lies in a stream."""
+
+    subject: str
+    seq: int
+    headers: Mapping[str, str]
+    data: bytes
+
+
+class _ApiError(Struct):
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
+class _PubReply(Struct):
+    seq: int = 0
+    duplicate: bool = False
+    error: _ApiError | None = None
+
+
+class _GotMessage(Struct):
+    subject: str
+    seq: int
+    data: str = ""
+    hdrs: str = ""
+
+
+class _GetReply(Struct):
+    message: _GotMessage | None = None
+    error: _ApiError | None = None
+
+
+_pub_reply = msgspec.json.Decoder(_PubReply)
+_get_reply = msgspec.json.Decoder(_GetReply)
+
+Reconnected = Callable[[], Awaitable[None]]
+
+
+def is_lost_race(error: PublishRefused) -> bool:
+    """True if the fence or the guard refused: the subject has moved on since the sequence that was expected."""
+    return error.code == WRONG_LAST_SEQUENCE
+
+
+def delivery_facts(ack_subject: str) -> tuple[int, int]:
+    """(deliveries so far, stream sequence) from a delivered message's ack subject, either of its two forms."""
+    tokens = ack_subject.split(".")
+    start = 4 if len(tokens) == 9 else 6
+    return int(tokens[start]), int(tokens[start + 1])
+
+
+class Bus:
+    """A live connection. Made by `Bus.connect`; survives restarts of the broker until it is closed."""
+
+    def __init__(self, url: str, client: Client) -> None:
+        self.url = url
+        self.nc = client
+        self.epoch = 0
+        """Counts reconnects: what was pulled or heartbeated in an older epoch may be forgotten by the broker."""
+        self._up = asyncio.Event()
+        self._reconnected: list[Reconnected] = []
+        self._inbox = client.new_inbox() + "."
+        self._tokens = itertools.count()
+        self._waiting: dict[str, tuple[asyncio.Future[Msg], float]] = {}
+        self._batches: dict[str, asyncio.Queue[Msg | None]] = {}
+        self._sweeper: asyncio.Task[None] | None = None
+        self._closing = False
+
+    @classmethod
+    async def connect(cls, url: str, *, name: str = "matrix-bus", timeout_s: float = 5.0) -> Bus:
+        """Connects, and checks that the broker can carry runs.
+
+        Raises `BusUnavailable` if nobody answers within `timeout_s`, `BusUnsuitable` if the broker is too old or
+        has no JetStream.
+        """
+        client = Client()
+        bus = cls(url, client)
+        last: list[Exception] = []
+
+        async def on_error(error: Exception) -> None:
+            last[:] = [error]
+            log.debug("bus.client_error", error=repr(error))
+
+        try:
+            await asyncio.wait_for(
+                client.connect(
+                    url,
+                    name=name,
+                    error_cb=on_error,
+                    disconnected_cb=bus._on_disconnect,
+                    reconnected_cb=bus._on_reconnect,
+                    allow_reconnect=True,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=0.1,  # type: ignore[arg-type]  # typed int, slept as a float
+                    connect_timeout=2,
+                    ping_interval=10,
+                    pending_size=16 << 20,
+                    skip_subject_validation=True,
+                ),
+                timeout_s,
+            )
+        except (TimeoutError, OSError, nats.errors.Error) as error:
+            with contextlib.suppress(Exception):  # half-open: the reason for closing is already known
+                await client.close()
+            why = last[0] if last else error
+            raise BusUnavailable(
+                f"no broker answers at {url} ({why or type(why).__name__}): check the address "
+                "(--server, MATRIX_BUS_SERVER) or start one with `matrix-bus broker`"
+            ) from None
+        try:
+            bus._check_server()
+            await bus._open()
+        except BaseException:
+            await bus.close()
+            raise
+        return bus
+
+    def _check_server(self) -> None:
+        info: dict[str, Any] = self.nc._server_info
+        version = str(info.get("version", "0"))
+        found = re.match(r"(\d+)\.(\d+)", version)
+        if found is None or (int(found[1]), int(found[2])) < OLDEST_SERVER:
+            raise BusUnsuitable(
+                f"nats-server at {self.url} is {version}, matrix-bus needs {OLDEST_SERVER[0]}.{OLDEST_SERVER[1]} or newer"
+            )
+        if not info.get("jetstream"):
+            raise BusUnsuitable(f"nats-server at {self.url} runs without JetStream: start it with `-js`")
+
+    async def _open(self) -> None:
+        await self.nc.subscribe(self._inbox + "*", cb=self._on_reply, pending_msgs_limit=0, pending_bytes_limit=0)
+        self._sweeper = asyncio.create_task(self._sweep(), name="bus-timeouts")
+        self._up.set()
+
+    async def close(self) -> None:
+        """Flushes what was sent and ends the connection. Calls that still wait get `BusTimeout`."""
+        self._closing = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        if self.nc.is_connected:
+            with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
+                await self.nc.flush(timeout=2)
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await self.nc.close()
+        self._fail_waiting("the connection was closed")
+
+    async def __aenter__(self) -> Bus:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def max_payload(self) -> int:
+        """Largest message that the broker takes, in bytes, headers included."""
+        return self.nc.max_payload
+
+    @property
+    def connected(self) -> bool:
+        return self._up.is_set()
+
+    async def wait_connected(self) -> None:
+        """Returns at once while connected, else when the broker is back."""
+        await self._up.wait()
+
+    def on_reconnect(self, callback: Reconnected) -> Callable[[], None]:
+        """Calls `callback` after every reconnect, until the returned function is called."""
+        self._reconnected.append(callback)
+        return lambda: self._reconnected.remove(callback)
+
+    # --- calls --------------------------------------------------------------------------------------------------
+
+    async def call(
+        self,
+        subject: str,
+        body: bytes = b"",
+        headers: dict[str, str] | None = None,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Msg:
+        """One request, one reply. Raises `BusTimeout` if none comes, also when nobody listens."""
+        if not self._up.is_set():
+            await self._up.wait()
+        loop = asyncio.get_running_loop()
+        token = str(next(self._tokens))
+        future: asyncio.Future[Msg] = loop.create_future()
+        self._waiting[token] = (future, loop.time() + timeout_s)
+        try:
+            await self.send(subject, body, headers, reply=self._inbox + token)
+            reply = await future
+        finally:
+            self._waiting.pop(token, None)
+        if reply.headers is not None and reply.headers.get("Status") == "503":
+            raise NobodyListens(f"nobody answers on {subject}")
+        return reply
+
+    async def send(self, subject: str, body: bytes, headers: dict[str, str] | None = None, reply: str = "") -> None:
+        """Hands a message to the connection, unconfirmed. Raises `BusError`."""
+        try:
+            await self.nc.publish(subject, body, reply, headers)
+        except (nats.errors.Error, OSError) as error:
+            raise BusUnavailable(f"cannot send {subject}: {error or type(error).__name__}") from None
+
+    async def publish(self, subject: str, body: bytes, headers: dict[str, str] | None = None) -> PubAck:
+        """Stores a message; returns when the broker has confirmed it.
+
+        Raises `PublishRefused` with the broker's code, or `BusTimeout` when it is unknown whether it is stored.
+        """
+        reply = _pub_reply.decode((await self.call(subject, body, headers)).data)
+        if reply.error is not None:
+            raise PublishRefused(subject, reply.error.err_code, reply.error.description)
+        return PubAck(reply.seq, reply.duplicate)
+
+    async def api(self, method: str, payload: Any = None, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
+        """A call of JetStream's JSON API, such as `STREAM.INFO.name`.
+
+        Raises `PublishRefused` with the broker's code, `BusTimeout`.
+        """
+        body = b"" if payload is None else msgspec.json.encode(payload)
+        reply: dict[str, Any] = msgspec.json.decode((await self.call(f"$JS.API.{method}", body, None, timeout_s)).data)
+        if error := reply.get("error"):
+            raise PublishRefused(method, error.get("err_code", 0), error.get("description", ""))
+        return reply
+
+    async def last(self, stream: str, subject: str) -> Stored | None:
+        """The stream's last message on `subject` (wildcards allowed), or None.
+
+        Asks the stream's leader: a direct get may be answered by a follower that lags behind.
+        """
+        body = msgspec.json.encode({"last_by_subj": subject})
+        reply = _get_reply.decode((await self.call(f"$JS.API.STREAM.MSG.GET.{stream}", body)).data)
+        if reply.error is not None:
+            if reply.error.err_code == NO_MESSAGE:
+                return None
+            raise PublishRefused(stream, reply.error.err_code, reply.error.description)
+        assert reply.message is not None
+        found = reply.message
+        headers = _headers(base64.b64decode(found.hdrs)) if found.hdrs else {}
+        return Stored(found.subject, found.seq, headers, base64.b64decode(found.data))
+
+    async def last_sequence(self, stream: str) -> int:
+        """Sequence of the stream's newest message, 0 if it never had one."""
+        info = await self.api(f"STREAM.INFO.{stream}")
+        return int(info["state"]["last_seq"])
+
+    async def read(self, stream: str, start: int = 1, *, batch: int = 512) -> AsyncIterator[Stored]:
+        """All messages of a stream from sequence `start`, in order, up to the newest at this moment.
+
+        Needs no consumer: each request is answered by direct gets.
+        """
+        while True:
+            count = 0
+            query = {"seq": start, "batch": batch, "next_by_subj": ">", "max_bytes": 8 << 20}
+            async for message in self._direct(stream, query):
+                yield message
+                start = message.seq + 1
+                count += 1
+            if count == 0:
+                return
+
+    async def snapshot(self, stream: str, subject: str) -> list[Stored]:
+        """The last message on each subject that matches, as of now."""
+        return [message async for message in self._direct(stream, {"multi_last": [subject]})]
+
+    async def _direct(self, stream: str, query: dict[str, Any]) -> AsyncIterator[Stored]:
+        await self._up.wait()
+        token = str(next(self._tokens))
+        queue: asyncio.Queue[Msg | None] = asyncio.Queue()
+        self._batches[token] = queue
+        try:
+            body = msgspec.json.encode(query)
+            await self.send(f"$JS.API.DIRECT.GET.{stream}", body, reply=self._inbox + token)
+            while True:
+                try:
+                    message = await asyncio.wait_for(queue.get(), CALL_TIMEOUT_S)
+                except TimeoutError:
+                    message = None
+                if message is None:
+                    raise BusTimeout(f"reading {stream} was not answered in {CALL_TIMEOUT_S:g} s")
+                headers = message.headers or {}
+                status = headers.get("Status")
+                if status in ("204", "404"):
+                    return
+                if status == "503":
+                    raise NobodyListens(f"nobody answers for stream {stream}")
+                if status is not None:
+                    raise BusTimeout(f"reading {stream} failed: {status} {headers.get('Description', '')}")
+                yield Stored(headers["Nats-Subject"], int(headers["Nats-Sequence"]), headers, message.data)
+        finally:
+            del self._batches[token]
+
+    # --- acks ---------------------------------------------------------------------------------------------------
+
+    async def ack(self, ack_subject: str) -> None:
+        """Acks without waiting: if it is lost the message comes again and is found to be done."""
+        await self.send(ack_subject, b"+ACK")
+
+    async def ack_confirmed(self, ack_subject: str) -> None:
+        """Acks and waits for the broker's confirmation. Raises `BusTimeout`."""
+        await self.call(ack_subject, b"+ACK", timeout_s=2.0)
+
+    async def working(self, ack_subject: str) -> None:
+        """Heartbeat: the delivery is still being worked on."""
+        await self.send(ack_subject, b"+WPI")
+
+    async def nak(self, ack_subject: str) -> None:
+        """Hands a delivery back for immediate redelivery."""
+        await self.send(ack_subject, b"-NAK")
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    async def _on_reply(self, message: Msg) -> None:
+        token = message.subject[len(self._inbox) :]
+        waiting = self._waiting.get(token)
+        if waiting is None:
+            # A batched get's messages carry their stream subject in a header; their inbox is the subject here.
+            if (queue := self._batches.get(token)) is not None:
+                queue.put_nowait(message)
+            return
+        if not waiting[0].done():
+            waiting[0].set_result(message)
+
+    async def _on_disconnect(self) -> None:
+        self._up.clear()
+        if not self._closing:
+            log.warning("bus.disconnected", url=self.url)
+        self._fail_waiting("the connection was lost")
+
+    async def _on_reconnect(self) -> None:
+        self.epoch += 1
+        self._up.set()
+        log.warning("bus.reconnected", url=self.url)
+        for callback in list(self._reconnected):
+            try:
+                await callback()
+            except MatrixBusError as error:  # lost again already: the next reconnect calls it again
+                log.debug("bus.reconnect_callback_failed", error=str(error))
+
+    def _fail_waiting(self, why: str) -> None:
+        for future, _ in self._waiting.values():
+            if not future.done():
+                future.set_exception(BusTimeout(f"{why}; whether the broker has the message is unknown"))
+        for queue in self._batches.values():
+            queue.put_nowait(None)
+
+    async def _sweep(self) -> None:
+        """One timer for all calls: a timer each costs more than the call."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            now = loop.time()
+            for future, deadline in list(self._waiting.values()):
+                if deadline < now and not future.done():
+                    future.set_exception(BusTimeout("the broker did not confirm in time"))
+
+
+def _headers(raw: bytes) -> dict[str, str]:
+    lines = raw.decode("utf-8", "replace").split("\r\n")[1:]
+    return {name: value.strip() for name, sep, value in (line.partition(":") for line in lines) if sep}

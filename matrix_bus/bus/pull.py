@@ -1,0 +1,96 @@
+"""Pulling: overlapping requests on one durable consumer, through one long-lived inbox.
+
+`fetch()` opens and closes an inbox per batch and idles between batches. Here the worker says how many messages it
+has room for, a request for that many goes out while earlier ones are still being served, and what expires unserved
+is subtracted again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from .connection import Bus
+
+EXPIRES_S = 30.0
+HEARTBEAT_S = 5.0
+"""The broker says every so often that a request still waits: two missed ones and it is asked anew."""
+_BACKOFF_S = 0.5
+
+
+class Lane:
+    """A consumer's messages, as many as were asked for. `on_message` must not block.
+
+    `gone` is set when the consumer or its stream was deleted.
+    """
+
+    def __init__(self, bus: Bus, stream: str, consumer: str, on_message: Callable[[Msg], None]) -> None:
+        self.stream = stream
+        self.consumer = consumer
+        self.outstanding = 0
+        """Messages asked for and not yet received."""
+        self.gone = False
+        self._bus = bus
+        self._on_message = on_message
+        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
+        self._inbox = bus.nc.new_inbox()
+        self._subscription: Subscription | None = None
+        self._epoch = bus.epoch
+        self._heard_at = 0.0
+        self._not_before = 0.0
+
+    async def open(self) -> None:
+        """Starts listening; nothing comes until it is asked for."""
+        self._subscription = await self._bus.nc.subscribe(
+            self._inbox, cb=self._receive, pending_msgs_limit=0, pending_bytes_limit=0
+        )
+
+    async def close(self) -> None:
+        """Stops listening. What arrives after this is redelivered after AckWait, so hand back first."""
+        if self._subscription is not None and not self._bus.nc.is_closed:
+            await self._subscription.unsubscribe()
+
+    def room(self, wanted: int) -> int:
+        """How many more to ask for so that `wanted` are under way. Forgets requests that the broker has lost."""
+        now = asyncio.get_running_loop().time()
+        if self._epoch != self._bus.epoch or (self.outstanding and now - self._heard_at > 2 * HEARTBEAT_S):
+            self._epoch = self._bus.epoch
+            self.outstanding = 0
+        if self.gone or now < self._not_before or not self._bus.connected:
+            return 0
+        return max(0, wanted - self.outstanding)
+
+    async def ask(self, count: int) -> None:
+        """Requests `count` more messages."""
+        self.outstanding += count
+        self._heard_at = asyncio.get_running_loop().time()
+        body = {"batch": count, "expires": int(EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
+        await self._bus.send(self._subject, msgspec.json.encode(body), reply=self._inbox)
+
+    async def _receive(self, message: Msg) -> None:
+        headers = message.headers
+        self._heard_at = asyncio.get_running_loop().time()
+        if headers is not None and not message.data and "Status" in headers:
+            self._status(headers)
+            return
+        self.outstanding = max(0, self.outstanding - 1)
+        self._on_message(message)
+
+    def _status(self, headers: dict[str, Any]) -> None:
+        status, description = headers["Status"], headers.get("Description", "").lower()
+        if status == "100":
+            return
+        unserved = headers.get("Nats-Pending-Messages")
+        self.outstanding = max(0, self.outstanding - int(unserved)) if unserved is not None else 0
+        if status in ("408", "404"):
+            return
+        if "deleted" in description:
+            self.gone = True
+            return
+        # 409 (leader change, shutdown, too many waiting) and 503 (not ready yet): ask again a little later.
+        self._not_before = asyncio.get_running_loop().time() + _BACKOFF_S

@@ -1,0 +1,271 @@
+"""The runs on a bus: their records in a key-value bucket, their streams and their consumers.
+
+Submitters and workers never meet; this is where the one leaves what the other needs. Workers only read here and
+bind to what exists: they need no right to create anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+from nats.aio.msg import Msg
+
+from .bus import Bus, is_lost_race
+from .bus.connection import STREAM_NOT_FOUND
+from .config import RunConfig
+from .errors import BusError, NobodyListens, PublishRefused, RunError
+from .orchestrator import LEASE_ROLE, is_token, outcome_stream, work_stream
+from .telemetry import logger
+
+BUCKET = "mb_runs"
+_KEYS = f"KV_{BUCKET}"
+DEAD = "mb_dead"
+"""Stream of messages that nobody could read, with the reason in a header."""
+
+LEASE_ACK_WAIT_S = 300.0
+_RELIST_S = 5.0
+_NS = 1_000_000_000
+
+log = logger("registry")
+
+RunState = Literal["active", "paused", "cancelled", "deleted"]
+
+
+class RunRecord(Struct, kw_only=True):
+    """What is known of a run beside its messages; the value of its key, as JSON."""
+
+    id: str
+    state: RunState = "active"
+    workflow: str
+    code_hash: str
+    roles: list[str]
+    start: str
+    config: RunConfig
+    dataset: str = ""
+    """Where the rows came from, for people."""
+    created_at: float = 0.0
+    total: int | None = None
+    """Rows of the run, once it is sealed; before that None."""
+    versions: dict[str, str] = {}
+    schema: int = 1
+
+
+class Progress(Struct):
+    """Counts of a run at one moment."""
+
+    total: int | None
+    """None until sealed."""
+    outcomes: int
+    in_flight: int
+    """Rows admitted and not finished."""
+    waiting: int
+    """Rows in the queue and not admitted yet."""
+    idle_roles: list[str]
+    """Roles that no worker pulls for at this moment."""
+
+    @property
+    def done(self) -> bool:
+        return self.total is not None and self.outcomes >= self.total
+
+
+_decode = msgspec.json.Decoder(RunRecord)
+
+
+def new_run_id(workflow: str) -> str:
+    """A fresh id that sorts by time: ids are never used again, since an old ack would hit the new run."""
+    return f"{workflow}-{time.strftime('%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+
+
+def _key(run: str) -> str:
+    return f"$KV.{BUCKET}.{run}"
+
+
+async def prepare(bus: Bus) -> None:
+    """Creates what all runs share, if it is not there yet."""
+    await bus.api(
+        f"STREAM.CREATE.{_KEYS}",
+        {
+            "name": _KEYS,
+            "subjects": [_key(">")],
+            "retention": "limits",
+            "max_msgs_per_subject": 1,
+            "discard": "new",
+            "allow_rollup_hdrs": True,
+            "deny_delete": True,
+            "allow_direct": True,
+            "storage": "file",
+        },
+    )
+    await bus.api(
+        f"STREAM.CREATE.{DEAD}",
+        {"name": DEAD, "subjects": ["dead.>"], "retention": "limits", "allow_direct": True, "storage": "file"},
+    )
+
+
+async def create(bus: Bus, record: RunRecord) -> None:
+    """Makes the run's streams and consumers, then its record: a worker that sees the record finds all of it.
+
+    Raises `RunError` if the id is taken, also by a run that was deleted.
+    """
+    if not is_token(record.id):
+        raise RunError(f"run id {record.id!r} must be 1 to 64 of A-Z a-z 0-9 _ -")
+    await prepare(bus)
+    if (there := await get(bus, record.id)) is not None:
+        raise RunError(f"run {record.id!r} exists already (state {there.state}): choose another --run")
+    await bus.api(
+        f"STREAM.CREATE.{work_stream(record.id)}",
+        {
+            "name": work_stream(record.id),
+            "subjects": [f"q.{record.id}.>"],
+            "retention": "workqueue",
+            "discard": "new",  # and no limit: a full queue would deadlock the workers that must forward
+            "duplicate_window": 120 * _NS,
+            "allow_direct": True,
+            "storage": "file",
+        },
+    )
+    await bus.api(
+        f"STREAM.CREATE.{outcome_stream(record.id)}",
+        {
+            "name": outcome_stream(record.id),
+            "subjects": [f"out.{record.id}.>"],
+            "retention": "limits",
+            "max_msgs_per_subject": 1,
+            "discard": "new",
+            "discard_new_per_subject": True,
+            "allow_direct": True,
+            "storage": "file",
+        },
+    )
+    await _consumer(bus, record.id, LEASE_ROLE, LEASE_ACK_WAIT_S, record.config.max_in_flight)
+    for role in record.roles:
+        await _consumer(bus, record.id, role, record.config.ack_wait_s, -1)
+    record.created_at = record.created_at or time.time()
+    try:
+        fence = {"Nats-Expected-Last-Subject-Sequence": "0"}
+        await bus.publish(_key(record.id), msgspec.json.encode(record), fence)
+    except PublishRefused as error:
+        if is_lost_race(error):
+            raise RunError(f"run {record.id!r} was created by somebody else just now: choose another --run") from None
+        raise
+
+
+async def _consumer(bus: Bus, run: str, role: str, ack_wait_s: float, max_ack_pending: int) -> None:
+    await bus.api(
+        f"CONSUMER.CREATE.{work_stream(run)}.{role}.q.{run}.{role}.*.*",
+        {
+            "stream_name": work_stream(run),
+            "config": {
+                "durable_name": role,
+                "name": role,
+                "filter_subject": f"q.{run}.{role}.*.*",
+                "ack_policy": "explicit",
+                "ack_wait": int(ack_wait_s * _NS),
+                "max_deliver": -1,  # a finite one strands messages
+                "max_ack_pending": max_ack_pending,
+                "max_waiting": 16_384,
+            },
+        },
+    )
+
+
+async def get(bus: Bus, run: str) -> RunRecord | None:
+    """The run's record, or None."""
+    stored = await bus.last(_KEYS, _key(run))
+    return _decode.decode(stored.data) if stored is not None else None
+
+
+async def require(bus: Bus, run: str) -> RunRecord:
+    """The run's record. Raises `RunError` if there is none, naming the runs there are."""
+    try:
+        record = await get(bus, run)
+    except PublishRefused as error:
+        if error.code != STREAM_NOT_FOUND:
+            raise
+        record = None
+    if record is None or record.state == "deleted":
+        known = ", ".join(r.id for r in await runs(bus)) or "none"
+        raise RunError(f"no run {run!r} on this broker; there are: {known}")
+    return record
+
+
+async def runs(bus: Bus) -> list[RunRecord]:
+    """All runs that are not deleted, oldest first."""
+    try:
+        stored = await bus.snapshot(_KEYS, _key(">"))
+    except NobodyListens:
+        return []  # no run was ever submitted here: the bucket does not exist yet
+    records = [_decode.decode(message.data) for message in stored]
+    return sorted((r for r in records if r.state != "deleted"), key=lambda r: r.created_at)
+
+
+async def update(bus: Bus, run: str, **changes: Any) -> RunRecord:
+    """Changes fields of the record, on top of whatever anybody else changed meanwhile."""
+    while True:
+        stored = await bus.last(_KEYS, _key(run))
+        if stored is None:
+            raise RunError(f"no run {run!r} on this broker")
+        record = msgspec.structs.replace(_decode.decode(stored.data), **changes)
+        try:
+            fence = {"Nats-Expected-Last-Subject-Sequence": str(stored.seq)}
+            await bus.publish(_key(run), msgspec.json.encode(record), fence)
+        except PublishRefused as error:
+            if not is_lost_race(error):
+                raise
+        else:
+            return record
+
+
+async def watch(bus: Bus) -> AsyncIterator[list[RunRecord]]:
+    """The active runs: now, after each change, after each reconnect, and every few seconds in any case.
+
+    A change of a key passes by as an ordinary message; it only says that it is time to look.
+    """
+    changed = asyncio.Event()
+    changed.set()
+
+    async def wake(_: Msg | None = None) -> None:
+        changed.set()
+
+    subscription = await bus.nc.subscribe(_key(">"), cb=wake)
+    forget = bus.on_reconnect(wake)
+    try:
+        while True:
+            changed.clear()
+            try:
+                yield [record for record in await runs(bus) if record.state == "active"]
+            except BusError as error:
+                log.debug("registry.unreadable", error=str(error))
+                await bus.wait_connected()
+            try:
+                await asyncio.wait_for(changed.wait(), _RELIST_S)
+            except TimeoutError:
+                continue
+    finally:
+        forget()
+        if not bus.nc.is_closed:
+            await subscription.unsubscribe()
+
+
+async def progress(bus: Bus, record: RunRecord) -> Progress:
+    """Counts of the run, from the broker."""
+    outcomes = await bus.api(f"STREAM.INFO.{outcome_stream(record.id)}")
+    lease = await bus.api(f"CONSUMER.INFO.{work_stream(record.id)}.{LEASE_ROLE}")
+    idle = []
+    for role in record.roles:
+        info = await bus.api(f"CONSUMER.INFO.{work_stream(record.id)}.{role}")
+        if info["num_waiting"] == 0 and info["num_ack_pending"] == 0:
+            idle.append(role)
+    return Progress(
+        total=record.total,
+        outcomes=outcomes["state"]["messages"],
+        in_flight=lease["num_ack_pending"],
+        waiting=lease["num_pending"],
+        idle_roles=idle,
+    )

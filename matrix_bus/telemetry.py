@@ -1,0 +1,78 @@
+"""Names of logs and metrics, in one place.
+
+Logs go to stderr through structlog, quiet by default. Every line that is written while a hop is being handled
+carries run, row, hop and role. matrix-bus configures structlog only in its own processes; embedded, the host's
+configuration holds.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+import structlog
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, start_http_server
+
+Hop = tuple[str, int, int, str]
+"""(run, row, hop, role)"""
+
+current_hop: contextvars.ContextVar[Hop | None] = contextvars.ContextVar("matrix_bus_hop", default=None)
+
+
+def logger(name: str) -> Any:
+    """A structlog logger; `name` is the part of matrix-bus that speaks."""
+    return structlog.get_logger(f"matrix_bus.{name}")
+
+
+def _add_hop(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    hop = current_hop.get()
+    if hop is not None:
+        for key, value in zip(("run", "row", "hop", "role"), hop, strict=True):
+            event.setdefault(key, value)
+    return event
+
+
+def configure_logs(*, level: str = "warning", json: bool = False) -> None:
+    """Sets up logging of a matrix-bus process: lines for people, or one JSON object a line."""
+    renderer: Any = structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer(colors=False)
+    processors: list[Any] = [
+        _add_hop,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso" if json else "%H:%M:%S", utc=json),
+    ]
+    if json:
+        processors.append(structlog.processors.format_exc_info)
+    structlog.configure(
+        processors=[*processors, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    # The client library reports lost connections as errors with tracebacks; the bus reports them itself.
+    logging.getLogger("nats").setLevel(logging.CRITICAL)
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------
+
+HOPS = Counter("matrix_bus_hops", "Handler deliveries by how they settled", ["workflow", "role", "settled"])
+HANDLER_SECONDS = Histogram(
+    "matrix_bus_handler_seconds",
+    "Time inside a handler",
+    ["workflow", "role"],
+    buckets=(0.001, 0.01, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800),
+)
+IN_FLIGHT = Gauge("matrix_bus_hops_in_flight", "Hops being handled in this process", ["role"])
+OUTCOMES = Counter("matrix_bus_outcomes", "Rows that ended, by kind", ["workflow", "outcome"])
+ADMITTED = Counter("matrix_bus_rows_admitted", "Rows that this process set off", ["workflow"])
+DEAD_LETTERS = Counter("matrix_bus_dead_letters", "Messages that could not be read")
+LOOP_BLOCKED = Counter("matrix_bus_loop_blocked_seconds", "Time that a handler blocked the event loop", ["role"])
+TOKENS = Counter("matrix_bus_tokens", "Tokens of model calls", ["workflow", "role", "direction"])
+MODEL_CALLS = Counter("matrix_bus_model_calls", "Model calls", ["workflow", "role"])
+
+
+def serve_metrics(port: int) -> None:
+    """Serves /metrics on loopback."""
+    start_http_server(port, addr="127.0.0.1", registry=REGISTRY)

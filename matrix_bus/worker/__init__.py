@@ -1,0 +1,185 @@
+"""A worker process: serves roles of every active run whose workflow it has loaded.
+
+    lane (pull) ──▶ slots ──▶ handler ──▶ settle: advance · retry · outcome · hand back
+
+Start-up binds to what submitters created; the worker needs no config file and no right to create anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from types import CodeType
+from typing import Any
+
+from .. import registry, telemetry
+from ..agent import Workflow
+from ..bus import Bus
+from ..errors import BusError, MatrixBusError
+from ..llm import LLM
+from ..orchestrator import LEASE_ROLE
+from ..registry import RunRecord
+from .handlers import Executors
+from .models import EmbeddedModel, Models
+from .pulling import Pool, Pump
+from .session import Session
+from .watchdog import Watchdog
+
+__all__ = ("Worker",)
+
+DEFAULT_SLOTS = 256
+_ADMISSION_SLOTS = 256
+_FINISHED_CHECK_S = 15.0
+
+log = telemetry.logger("worker")
+
+
+class Worker:
+    """Serves runs from `run()` until `stop()`.
+
+    `roles` limits which roles it serves (all by default); rows are admitted by every worker. `slots` is how many
+    hops of one role may be in flight in this process.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        workflows: Sequence[Workflow[Any]],
+        *,
+        roles: Sequence[str] = (),
+        slots: int = DEFAULT_SLOTS,
+        grace_s: float = 10.0,
+        embedded_model: EmbeddedModel | None = None,
+    ) -> None:
+        self._bus = bus
+        self._flows = {flow.name: flow for flow in workflows}
+        self._roles = frozenset(roles)
+        self._grace_s = grace_s
+        self._slots = slots
+        self._pools: dict[str, Pool] = {LEASE_ROLE: Pool(_ADMISSION_SLOTS)}
+        self._pump = Pump()
+        self._executors = Executors(threads=min(64, slots), processes=os.cpu_count() or 1)
+        self._models = Models(embedded_model)
+        self._sessions: dict[str, Session] = {}
+        self._refused: dict[str, str] = {}
+        """Why a run is not served, so that it is said once."""
+        self._finished: dict[str, int | None] = {}
+        """Runs that were complete when last looked at, with the total that they had then."""
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+        codes: dict[CodeType, str] = {}
+        for flow in workflows:
+            codes.update({role.handler.__code__: role.name for role in flow.roles.values()})
+        self.watchdog = Watchdog(codes)
+
+    @property
+    def serving(self) -> list[str]:
+        """Ids of the runs that are being served."""
+        return sorted(self._sessions)
+
+    def stop(self) -> None:
+        """First call: pull no more, finish what fits into the grace period. Second call: hand back now."""
+        if self._stopping.is_set():
+            self._hurry.set()
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Serves until `stop()`; returns when everything is settled or handed back."""
+        async with asyncio.TaskGroup() as group:
+            beside = [
+                group.create_task(self._pump.run(), name="pump"),
+                group.create_task(self.watchdog.run(), name="watchdog"),
+                group.create_task(self._follow_runs(), name="runs"),
+                group.create_task(self._retire_finished(), name="retire"),
+            ]
+            await self._stopping.wait()
+            self._pump.stop()
+            for task in beside[2:]:
+                task.cancel()
+            closing = asyncio.gather(*(session.close(self._grace_s) for session in self._sessions.values()))
+            hurry = asyncio.create_task(self._hurry.wait())
+            await asyncio.wait([closing, hurry], return_when=asyncio.FIRST_COMPLETED)
+            if not closing.done():
+                await asyncio.gather(*(session.close(0) for session in self._sessions.values()))
+            hurry.cancel()
+            await asyncio.gather(closing, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+        self._executors.close()
+        await self._models.close()
+
+    async def _follow_runs(self) -> None:
+        async for records in registry.watch(self._bus):
+            wanted = {record.id: record for record in records}
+            for run in list(self._sessions):
+                if run not in wanted or self._sessions[run].gone:
+                    await self._close(run)
+            for record in records:
+                if record.id in self._sessions:
+                    self._sessions[record.id].record = record
+                elif self._finished.get(record.id, -1) != record.total:
+                    await self._open(record)
+
+    async def _open(self, record: RunRecord) -> None:
+        flow = self._flows.get(record.workflow)
+        if flow is None:
+            self._refuse(record, f"workflow {record.workflow!r} is not loaded in this worker")
+            return
+        if record.code_hash != flow.code_hash:
+            self._refuse(
+                record,
+                f"the run was made with code {record.code_hash} of workflow {flow.name!r}, this worker has "
+                f"{flow.code_hash}: start the worker from the same source, or submit again",
+            )
+            return
+        served = [name for name in flow.roles if not self._roles or name in self._roles]
+        pools = {name: self._pools.setdefault(name, Pool(self._slots)) for name in [LEASE_ROLE, *served]}
+        try:
+            if (await registry.progress(self._bus, record)).done:
+                self._finished[record.id] = record.total
+                return
+            aliases = {
+                record.config.role(name).model or flow.roles[name].model
+                for name in served
+                if any(kind is LLM for _, kind in flow.roles[name].parameters)
+            }
+            resolve = await self._models.resolver(record.config, aliases)
+            session = Session(self._bus, record, flow, pools, self._pump, self._executors, resolve)
+            await session.open()
+        except BusError as error:
+            log.warning("worker.run_not_opened", run=record.id, error=str(error))
+        except MatrixBusError as error:
+            self._refuse(record, str(error))
+        else:
+            self._refused.pop(record.id, None)
+            self._sessions[record.id] = session
+            log.info("worker.serving", run=record.id, roles=served)
+
+    def _refuse(self, record: RunRecord, reason: str) -> None:
+        if self._refused.get(record.id) != reason:
+            self._refused[record.id] = reason
+            log.warning("worker.run_refused", run=record.id, reason=reason)
+
+    async def _close(self, run: str) -> None:
+        session = self._sessions.pop(run)
+        with contextlib.suppress(BusError):
+            await session.close(0)
+        log.info("worker.left", run=run)
+
+    async def _retire_finished(self) -> None:
+        """Leaves runs that are complete: nothing says so on the bus, since nobody must be alive to say it."""
+        while True:
+            await asyncio.sleep(_FINISHED_CHECK_S)
+            for run, session in list(self._sessions.items()):
+                if session.holds or time.monotonic() - session.touched_at < _FINISHED_CHECK_S:
+                    continue
+                try:
+                    done = (await registry.progress(self._bus, session.record)).done
+                except BusError:
+                    continue
+                if done:
+                    self._finished[run] = session.record.total
+                    await self._close(run)

@@ -1,0 +1,123 @@
+"""How a handler is called: on the loop, in a thread or in a process; with what it asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import msgspec
+
+from ..agent import Next, Outcome, Role, Row, Workflow, load_workflow
+from ..errors import HandlerError, WorkerCrashed, WorkflowError
+from ..llm import LLM
+from ..orchestrator import Orchestrator, decode, encode
+
+MakeLLM = Callable[[], LLM]
+_encode_state = msgspec.json.Encoder().encode
+
+
+class Executors:
+    """Threads and processes for plain `def` handlers, started when first used."""
+
+    def __init__(self, threads: int, processes: int) -> None:
+        self._sizes = (threads, processes)
+        self._threads: ThreadPoolExecutor | None = None
+        self._processes: ProcessPoolExecutor | None = None
+
+    async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self._sizes[0], thread_name_prefix="matrix-bus-handler")
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, context.run, function, *args)
+
+    async def in_process(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Raises `WorkerCrashed` if the process died, whose other work is lost and retried too."""
+        if self._processes is None:
+            # spawn: a fork of a process with a running loop, threads and sockets is not safe
+            context = multiprocessing.get_context("spawn")
+            self._processes = ProcessPoolExecutor(self._sizes[1], mp_context=context)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._processes, function, *args)
+        except BrokenProcessPool:
+            if self._processes is not None:
+                self._processes.shutdown(wait=False)
+                self._processes = None
+            raise WorkerCrashed("a process handler died, or took its pool down: killed, or out of memory") from None
+
+    def close(self) -> None:
+        for pool in (self._threads, self._processes):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Caller:
+    """Calls one role's handler. Raises `WorkflowError` when made, if the handler wants what nobody has."""
+
+    def __init__(
+        self, flow: Workflow[Any], role: Role, config: msgspec.Struct | None, executors: Executors, trials: int
+    ) -> None:
+        self._flow = flow
+        self._role = role
+        self._executors = executors
+        self._trials = trials
+        self._config = config
+        self._llm_names = [name for name, kind in role.parameters if kind is LLM]
+        self._fixed: dict[str, Any] = {}
+        for name, kind in role.parameters:
+            if kind is LLM:
+                continue
+            if flow.config is None or kind is not flow.config:
+                raise WorkflowError(f"role {role.name!r} asks for {name!r} of type {kind!r}, which nothing provides")
+            self._fixed[name] = config
+
+    @property
+    def wants_llm(self) -> bool:
+        return bool(self._llm_names)
+
+    async def __call__(self, message: Orchestrator, make_llm: MakeLLM) -> tuple[Next | Outcome, bytes]:
+        """(what the handler decided, the state as it left it).
+
+        Raises whatever the handler raises, `HandlerError` if it returned neither a `Next` nor an `Outcome`.
+        """
+        role = self._role
+        if role.mode == "process":
+            config = msgspec.json.encode(self._config)
+            result, state = await self._executors.in_process(
+                _call_in_process, self._flow.spec, role.name, encode(message), self._trials, config
+            )
+        else:
+            row: Row[Any] = Row(message, self._flow.decode_state(message.state), self._trials)
+            arguments = self._fixed
+            if self._llm_names:
+                llm = make_llm()
+                arguments = {**self._fixed, **dict.fromkeys(self._llm_names, llm)}
+            if role.mode == "async":
+                result = await role.handler(row, **arguments)
+            else:
+                result = await self._executors.in_thread(lambda: role.handler(row, **arguments))
+            state = _encode_state(row.state)
+        if not isinstance(result, Next | Outcome):
+            raise HandlerError(
+                f"role {role.name!r} returned {result!r:.100}: a handler returns to(role), success(), "
+                "filtered(reason) or failed(reason)"
+            )
+        if isinstance(result, Next) and result.role not in self._flow.roles:
+            known = ", ".join(sorted(self._flow.roles))
+            raise HandlerError(f"role {role.name!r} sent the row to {result.role!r}; the roles are {known}")
+        return result, state
+
+
+def _call_in_process(spec: str, role_name: str, body: bytes, trials: int, config_json: bytes) -> tuple[Any, bytes]:
+    """In the child: loads the workflow once, then calls the handler like any other."""
+    flow = load_workflow(spec)
+    message = decode(body)
+    row: Row[Any] = Row(message, flow.decode_state(message.state), trials)
+    config = flow.parse_config(msgspec.json.decode(config_json) or {})
+    role = flow.roles[role_name]
+    result = role.handler(row, **{name: config for name, _ in role.parameters})
+    return result, _encode_state(row.state)

@@ -1,0 +1,78 @@
+"""The model pools of a worker process: one per model config, shared by all runs and roles that use it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+import msgspec
+
+from ..config import ModelConfig, RunConfig
+from ..errors import ConfigError
+from ..llm import ModelPool
+
+EmbeddedModel = Callable[[], str]
+"""Starts the embedded model if it does not run, and returns its URL. May take its time: called in a thread."""
+
+
+class Models:
+    """Pools by what they call, so that two runs do not open two sets of connections to one server."""
+
+    def __init__(self, embedded: EmbeddedModel | None) -> None:
+        self._embedded = embedded
+        self._pools: dict[bytes, ModelPool] = {}
+        self._lock = asyncio.Lock()
+
+    async def pool(self, config: ModelConfig) -> ModelPool:
+        """The pool for a model config. Raises `ConfigError` where a key or a server is missing."""
+        key = msgspec.json.encode(config)
+        async with self._lock:
+            if key not in self._pools:
+                self._pools[key] = ModelPool(config, await self._urls(config), _api_key(config))
+            return self._pools[key]
+
+    async def _urls(self, config: ModelConfig) -> list[str]:
+        if config.urls:
+            return config.urls
+        if self._embedded is None:
+            raise ConfigError(
+                f"model {config.name!r} has no urls and this worker has no embedded model: set "
+                "llm.models.default.urls=[http://host:8000/v1]"
+            )
+        return [await asyncio.to_thread(self._embedded)]
+
+    async def resolver(self, config: RunConfig, aliases: set[str]) -> Callable[[str | None], ModelPool]:
+        """What turns a run's alias into a pool. Pools of `aliases` are made now, so a mistake shows early."""
+        for alias in aliases:
+            if alias not in config.llm.models:
+                raise ConfigError(f"no model {alias!r} in llm.models: there are {', '.join(config.llm.models)}")
+        # A handler may choose any alias by itself; models that nobody declared to use start nothing by themselves.
+        pools = {
+            alias: await self.pool(model)
+            for alias, model in config.llm.models.items()
+            if alias in aliases or model.urls
+        }
+
+        def resolve(alias: str | None) -> ModelPool:
+            if (pool := pools.get(alias or "default")) is None:
+                raise ConfigError(f"no model {alias!r} in llm.models: there are {', '.join(sorted(pools))}")
+            return pool
+
+        return resolve
+
+    async def close(self) -> None:
+        for pool in self._pools.values():
+            await pool.close()
+
+
+def _api_key(config: ModelConfig) -> str | None:
+    if not config.api_key_env:
+        return None
+    key = os.environ.get(config.api_key_env)
+    if not key:
+        raise ConfigError(
+            f"model {config.name!r} takes its key from the environment variable {config.api_key_env}, which is not set "
+            "in the worker"
+        )
+    return key

@@ -1,0 +1,183 @@
+"""The moves of the protocol: publishes and acks in the one order in which a crash between any two is harmless.
+
+A hop is published fenced on its predecessor being the row's last message, so of any number of executions of a hop
+exactly one moves the row on. An outcome is published where the server allows one message per subject for ever. An
+ack is sent only after what makes the message unnecessary is stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from ..bus import Bus, is_lost_race
+from ..errors import BusError, BusTimeout, BusUnavailable, PublishRefused
+from ..orchestrator import (
+    HEADER_LEASE,
+    Orchestrator,
+    OutcomeRecord,
+    encode_fitting,
+    family,
+    hop_subject,
+    message_id,
+    outcome_stream,
+    outcome_subject,
+    work_stream,
+)
+from ..telemetry import DEAD_LETTERS, logger
+from .delivery import Delivery
+
+_EXPECT = "Nats-Expected-Last-Subject-Sequence"
+_EXPECT_ON = "Nats-Expected-Last-Subject-Sequence-Subject"
+
+# Codes after which the same bytes may be stored later: in process (10158, 10164), full (10077), no resources (10023).
+_TRY_AGAIN = frozenset({10164, 10158, 10077, 10023})
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 2.0
+_LEASE_TRIES = 5
+HEADROOM_BYTES = 2048
+"""Left of the server's message limit for headers and subject."""
+
+T = TypeVar("T")
+log = logger("worker")
+
+
+class Moves:
+    """The protocol for one run. Every method returns only when its last step is sent or somebody else did it."""
+
+    def __init__(self, bus: Bus, run: str) -> None:
+        self._bus = bus
+        self._run = run
+        self._work = work_stream(run)
+        self._outcomes = outcome_stream(run)
+
+    @property
+    def limit_bytes(self) -> int:
+        """Largest body of a message."""
+        return self._bus.max_payload - HEADROOM_BYTES
+
+    async def last_sequence(self) -> int:
+        """Sequence of the newest message of the work stream."""
+        return await self._bus.last_sequence(self._work)
+
+    async def is_last(self, delivery: Delivery) -> bool:
+        """True if the delivery is the newest message of its row: nobody has moved the row on."""
+        last = await self._patiently(lambda: self._bus.last(self._work, family(self._run, delivery.n)))
+        return last is not None and last.seq == delivery.seq
+
+    async def has_outcome(self, n: int, generation: int) -> bool:
+        subject = outcome_subject(self._run, n, generation)
+        return await self._patiently(lambda: self._bus.last(self._outcomes, subject)) is not None
+
+    async def move(self, delivery: Delivery, message: Orchestrator, body: bytes, lease: str) -> bool:
+        """Publishes the row's next message. True if it is stored, False if somebody else had moved the row on."""
+        subject = hop_subject(self._run, message.role, message.n, message.hop)
+        headers = {
+            "Nats-Msg-Id": message_id(self._run, message.n, message.generation, message.hop, message.attempt),
+            _EXPECT: str(delivery.seq),
+            _EXPECT_ON: family(self._run, message.n),
+            HEADER_LEASE: lease,
+        }
+        wait_s = _FIRST_WAIT_S
+        while True:
+            try:
+                await self._bus.publish(subject, body, headers)
+            except PublishRefused as error:
+                if is_lost_race(error):
+                    if not await self.is_last(delivery) or await self.has_outcome(message.n, message.generation):
+                        return False
+                elif error.code not in _TRY_AGAIN:
+                    raise
+                else:
+                    log.warning("worker.broker_refuses", reason=str(error), advice="the hop is kept and sent again")
+            except (BusTimeout, BusUnavailable):
+                pass  # stored or not is unknown: the same bytes again, and the fence tells
+            else:
+                return True
+            wait_s = await self._pause(wait_s)
+
+    async def outcome(self, delivery: Delivery, record: OutcomeRecord, lease: str) -> bool:
+        """Publishes the outcome, then frees the row's lease, then the hop. False if the row had moved on.
+
+        `lease` is empty where the delivery is itself the row message.
+        """
+        if not await self.is_last(delivery):
+            await self._bus.ack(delivery.ack_subject)
+            return False
+        body = encode_fitting(record, self.limit_bytes)
+        subject = outcome_subject(self._run, record.row, record.generation)
+        headers = {"Nats-Msg-Id": message_id(self._run, record.row, record.generation, -1), _EXPECT: "0"}
+        wait_s = _FIRST_WAIT_S
+        stored = False
+        while not stored:
+            try:
+                await self._bus.publish(subject, body, headers)
+                stored = True
+            except PublishRefused as error:
+                # A full store refuses a first outcome and a taken subject a second one with codes that overlap.
+                if await self.has_outcome(record.row, record.generation):
+                    break
+                if not is_lost_race(error) and error.code not in _TRY_AGAIN:
+                    raise
+                log.warning("worker.broker_refuses", reason=str(error), advice="the outcome is kept and sent again")
+            except (BusTimeout, BusUnavailable):
+                pass
+            if not stored:
+                wait_s = await self._pause(wait_s)
+        await self.free(delivery, lease)
+        return stored
+
+    async def free(self, delivery: Delivery, lease: str) -> None:
+        """Acks the row's lease and then the delivery, because an outcome exists."""
+        if lease:
+            await self._ack_surely(lease)
+            await self._bus.ack(delivery.ack_subject)
+        else:
+            await self._ack_surely(delivery.ack_subject)
+
+    async def _ack_surely(self, ack_subject: str) -> None:
+        for _ in range(_LEASE_TRIES):
+            try:
+                await self._bus.ack_confirmed(ack_subject)
+            except BusError:
+                await self._bus.wait_connected()
+            else:
+                return
+        # The broker forgot this delivery in a crash: it delivers the row again, and admission finds the outcome.
+        log.info("worker.lease_unconfirmed", ack_subject=ack_subject)
+
+    async def ack(self, delivery: Delivery) -> None:
+        """Acks a hop after the row has moved on. If the ack is lost, the hop comes again and is found to be old."""
+        await self._bus.ack(delivery.ack_subject)
+
+    async def dead_letter(self, delivery: Delivery, subject: str, reason: str) -> None:
+        """Stores unreadable bytes, with the reason, where a person can look at them."""
+        DEAD_LETTERS.inc()
+        headers = {
+            "Nats-Msg-Id": f"dead:{self._run}:{delivery.seq}",
+            "Mb-Reason": reason.replace("\n", " ")[:500],
+            "Mb-Subject": subject,
+        }
+        body = delivery.data
+        await self._patiently(lambda: self._bus.publish(f"dead.{self._run}.{delivery.n}", body, headers))
+
+    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Repeats an idempotent call until the broker answers it."""
+        wait_s = _FIRST_WAIT_S
+        while True:
+            try:
+                return await work()
+            except (BusTimeout, BusUnavailable):
+                wait_s = await self._pause(wait_s)
+            except PublishRefused as error:
+                if error.code not in _TRY_AGAIN:
+                    raise
+                wait_s = await self._pause(wait_s)
+
+    async def _pause(self, wait_s: float) -> float:
+        """Waits for the broker, then a jittered moment; returns the next wait."""
+        await self._bus.wait_connected()
+        await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+        return min(_LONGEST_WAIT_S, wait_s * 2)
+

@@ -1,0 +1,412 @@
+"""One run in one worker process: its lanes, what it holds, and the one place where each delivery is settled."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from nats.aio.msg import Msg
+
+from .. import telemetry
+from ..agent import Next, Workflow
+from ..bus import Bus, Lane
+from ..config import RoleConfig
+from ..errors import BusError, MatrixBusError, ModelError, RowError, WorkerCrashed
+from ..llm import LLM, ModelPool
+from ..orchestrator import (
+    HEADER_LEASE,
+    LEASE_ROLE,
+    ErrorRecord,
+    Kind,
+    Orchestrator,
+    RowMessage,
+    admit,
+    advance,
+    decode,
+    decode_row,
+    encode,
+    finish,
+    hop_subject,
+    retry,
+    work_stream,
+)
+from ..registry import RunRecord
+from .delivery import Delivery
+from .handlers import Caller, Executors
+from .heartbeat import Wheel
+from .moves import Moves
+from .pulling import Pool, Pump
+from .retry import backoff_s
+
+OWNER_ANSWERS_WITHIN_S = 0.1
+_TRACE_FRAMES = 3
+
+log = telemetry.logger("worker")
+
+
+class _Served:
+    """A role of the run as this worker serves it."""
+
+    def __init__(self, session: Session, name: str, pool: Pool, caller: Caller) -> None:
+        flow = session.flow
+        role = flow.roles[name]
+        self.settings: RoleConfig = session.record.config.role(name)
+        self.pool = pool
+        self.call = caller
+        self.alias = self.settings.model or role.model
+        self.sampling = self.settings.sampling.over(session.record.config.llm.sampling).over(role.sampling)
+        self.seconds = telemetry.HANDLER_SECONDS.labels(flow.name, name)
+        self.in_flight = telemetry.IN_FLIGHT.labels(name)
+        self._settled = {how: telemetry.HOPS.labels(flow.name, name, how) for how in ("advance", "retry", "outcome")}
+
+    def count(self, how: str) -> None:
+        self._settled[how].inc()
+
+
+class Session:
+    """Serves some roles of one run, and admits its rows, until it is closed."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        record: RunRecord,
+        flow: Workflow[Any],
+        pools: Mapping[str, Pool],
+        pump: Pump,
+        executors: Executors,
+        resolve: Callable[[str | None], ModelPool],
+    ) -> None:
+        self.record = record
+        self.flow = flow
+        self.touched_at = time.monotonic()
+        """When something last arrived."""
+        self._bus = bus
+        self._pools = pools
+        self._pump = pump
+        self._resolve = resolve
+        self._moves = Moves(bus, record.id)
+        self._wheel = Wheel(bus, record.config.ack_wait_s)
+        self._old_until = 0
+        self._held: dict[int, Delivery] = {}
+        """By stream sequence."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
+        self._lanes: dict[str, Lane] = {}
+        self._stack = contextlib.AsyncExitStack()
+        config = flow.parse_config(record.config.workflow)
+        self._served = {
+            name: _Served(self, name, pool, Caller(flow, flow.roles[name], config, executors, record.config.trials))
+            for name, pool in pools.items()
+            if name != LEASE_ROLE
+        }
+
+    async def open(self) -> None:
+        """Starts to admit and to serve. Raises `BusError`."""
+        self._old_until = await self._moves.last_sequence()
+        self._stack.callback(self._bus.on_reconnect(self._reconnected))
+        owners = await self._bus.nc.subscribe(self._owner_subject, cb=self._answer_owner_query)
+        self._stack.push_async_callback(owners.unsubscribe)
+        turning = asyncio.create_task(self._wheel.turn(), name=f"heartbeats {self.record.id}")
+        self._stack.callback(turning.cancel)
+        for role, pool in self._pools.items():
+            lane = Lane(self._bus, work_stream(self.record.id), role, self._receive)
+            await lane.open()
+            self._lanes[role] = lane
+            self._pump.add(pool, lane)
+
+    @property
+    def holds(self) -> int:
+        """Deliveries that are not settled yet."""
+        return len(self._held)
+
+    @property
+    def gone(self) -> bool:
+        """True if the run's stream was deleted under us."""
+        return any(lane.gone for lane in self._lanes.values())
+
+    async def close(self, grace_s: float) -> None:
+        """Stops pulling at once, lets handlers finish for up to `grace_s`, hands the rest back at no cost."""
+        self._closing = True
+        for role, lane in self._lanes.items():
+            self._pump.remove(self._pools[role], lane)
+        for lane in self._lanes.values():
+            with contextlib.suppress(BusError, OSError):
+                await lane.close()  # what is on its way still arrives, and is handed back in _receive
+        if self._tasks and grace_s > 0:
+            await asyncio.wait(self._tasks, timeout=grace_s)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._stack.aclose()
+
+    # --- arriving -----------------------------------------------------------------------------------------------
+
+    def _receive(self, message: Msg) -> None:
+        delivery = Delivery(message, self._old_until)
+        self.touched_at = delivery.beat_at
+        if (held := self._held.get(delivery.seq)) is not None:
+            held.ack_subject = delivery.ack_subject
+            held.beat_at = delivery.beat_at
+            return
+        work = self._admit if delivery.role == LEASE_ROLE else self._hop
+        task = asyncio.create_task(self._settle(delivery, work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _settle(self, delivery: Delivery, work: Callable[[Delivery], Any]) -> None:
+        """Every delivery ends here: settled by `work`, or handed back."""
+        role = delivery.role
+        pool = self._pools[role]
+        pool.busy += 1
+        pool.lanes[self._lanes[role]] = delivery.beat_at
+        self._pump.touch(pool)
+        self._held[delivery.seq] = delivery
+        if role != LEASE_ROLE:  # an expired lease costs one refused publish, a heartbeat for each would cost more
+            self._wheel.add(delivery)
+        telemetry.current_hop.set((self.record.id, delivery.n, delivery.hop, role))
+        try:
+            if self._closing:
+                await self._hand_back(delivery)
+            else:
+                await work(delivery)
+        except asyncio.CancelledError:
+            await self._hand_back(delivery)
+        except Exception:
+            # A defect of ours, or a broker that refuses for good: the row stays in the queue and comes again.
+            log.exception("worker.settling_failed")
+        finally:
+            self._wheel.remove(delivery)
+            del self._held[delivery.seq]
+            pool.busy -= 1
+            self._pump.touch(pool)
+
+    async def _hand_back(self, delivery: Delivery) -> None:
+        self._wheel.remove(delivery)
+        # After AckWait the message may be with another worker, and a NAK would take it from there.
+        wait_s = self.record.config.ack_wait_s
+        if time.monotonic() - delivery.beat_at < wait_s and self._bus.connected:
+            with contextlib.suppress(BusError):
+                await self._bus.nak(delivery.ack_subject)
+
+    # --- rows ---------------------------------------------------------------------------------------------------
+
+    async def _admit(self, delivery: Delivery) -> None:
+        """A row message: sets the row off, and keeps its lease until an outcome exists."""
+        try:
+            row = decode_row(delivery.data)
+        except RowError as error:
+            await self._bury(delivery, error)
+            return
+        if await self._moves.has_outcome(delivery.n, row.generation):
+            await self._moves.free(delivery, "")
+            return
+        now = time.time()
+        start = self.flow.start
+        message = admit(row, self.record.id, delivery.n, start, b"", now)
+        try:
+            message.state = msgspec.json.encode(self.flow.begin(message.input))
+        except RowError as error:
+            message.hop = 0
+            await self._fail(delivery, message, error, "")
+            return
+        if await self._moves.move(delivery, message, encode(message), delivery.ack_subject):
+            telemetry.ADMITTED.labels(self.flow.name).inc()
+
+    # --- hops ---------------------------------------------------------------------------------------------------
+
+    async def _hop(self, delivery: Delivery) -> None:
+        """A hop message: the handler's turn."""
+        try:
+            message = decode(delivery.data)
+        except RowError as error:
+            await self._bury(delivery, error)
+            return
+        lease = delivery.headers.get(HEADER_LEASE, "")
+        if delivery.old and not await self._is_ours(delivery, message, lease):
+            return
+        served = self._served[delivery.role]
+        if message.not_before:
+            await self._wait_until(message.not_before, served.pool)
+        message.calls += 1
+        history = message.history
+        made = len(history)
+        started = time.perf_counter()
+        llms: list[LLM] = []
+
+        def make_llm() -> LLM:
+            llm = LLM(
+                self._resolve,
+                served.alias,
+                served.sampling,
+                history,
+                role=message.role,
+                hop=message.hop,
+                attempt=message.attempt,
+                seed=message.seed,
+            )
+            llms.append(llm)
+            return llm
+
+        delivery.running = True
+        served.in_flight.inc()
+        error: Exception | None = None
+        try:
+            async with asyncio.timeout(served.settings.timeout_s):
+                result, state = await served.call(message, make_llm)
+        except Exception as raised:  # a failed row is data: whatever a handler raises ends up in its outcome
+            error = raised
+        finally:
+            served.in_flight.dec()
+            spent_s = time.perf_counter() - started
+            message.handler_s += spent_s
+            served.seconds.observe(spent_s)
+        for llm in llms:
+            self._account(message, llm, len(history) - made)
+        # Still the owner while publishing: the answer is here, nobody else should work for it.
+        if error is not None:
+            await self._after_error(delivery, message, error, lease)
+        elif isinstance(result, Next):
+            message.state = state
+            following = advance(message, result.role)
+            body = encode(following)
+            if len(body) > self._moves.limit_bytes:
+                await self._fail(delivery, message, _too_large(len(body), self._moves.limit_bytes), lease)
+                return
+            await self._moves.move(delivery, following, body, lease)
+            await self._moves.ack(delivery)
+            served.count("advance")
+        else:
+            message.state = state
+            await self._finish(delivery, message, result.kind, result.reason, lease)
+
+    async def _is_ours(self, delivery: Delivery, message: Orchestrator, lease: str) -> bool:
+        """Whether a delivery that may have been handled before still needs a handler. If not, it is settled."""
+        if not await self._moves.is_last(delivery):
+            await self._moves.ack(delivery)
+            return False
+        if await self._moves.has_outcome(message.n, message.generation):
+            await self._moves.free(delivery, lease)
+            return False
+        query = msgspec.json.encode({"seq": delivery.seq, "ack": delivery.ack_subject})
+        try:
+            # A living owner takes over the new ack subject: an outage longer than AckWait repeats no model call.
+            await asyncio.wait_for(self._bus.call(self._owner_subject, query), OWNER_ANSWERS_WITHIN_S)
+        except (TimeoutError, BusError):
+            return True
+        return False
+
+    async def _after_error(self, delivery: Delivery, message: Orchestrator, error: Exception, lease: str) -> None:
+        served = self._served[message.role]
+        transient = isinstance(error, TimeoutError) or (isinstance(error, MatrixBusError) and error.transient)
+        if not transient or message.attempt >= served.settings.max_attempts:
+            await self._fail(delivery, message, error, lease)
+            return
+        now = time.time()
+        again = retry(message, _record(error, message, now), now + backoff_s(message.attempt, error))
+        body = encode(again)
+        if len(body) > self._moves.limit_bytes:
+            await self._fail(delivery, message, error, lease)
+            return
+        log.info("worker.retry", attempt=message.attempt, error=str(error))
+        await self._moves.move(delivery, again, body, lease)
+        await self._moves.ack(delivery)
+        served.count("retry")
+
+    async def _fail(self, delivery: Delivery, message: Orchestrator, error: Exception, lease: str) -> None:
+        message.errors = [*message.errors, _record(error, message, time.time())]
+        if not isinstance(error, MatrixBusError):
+            log.warning("worker.handler_raised", error=repr(error), where=_user_trace(error))
+        await self._finish(delivery, message, "failed", _reason(error), lease)
+
+    async def _finish(
+        self, delivery: Delivery, message: Orchestrator, kind: Kind, reason: str, lease: str
+    ) -> None:
+        record = finish(message, self.flow.name, self.record.config.trials, kind, reason, time.time())
+        if await self._moves.outcome(delivery, record, lease):
+            telemetry.OUTCOMES.labels(self.flow.name, kind).inc()
+        if delivery.role != LEASE_ROLE:
+            self._served[delivery.role].count("outcome")
+
+    async def _bury(self, delivery: Delivery, error: RowError) -> None:
+        """Bytes that nobody can read: kept for a person to see, and the row ends as failed."""
+        subject = hop_subject(self.record.id, delivery.role, delivery.n, delivery.hop)
+        await self._moves.dead_letter(delivery, subject, str(error))
+        generation = _generation(delivery.headers)
+        row = RowMessage(input=msgspec.Raw(b"null"), id=str(delivery.n), seed=0, submitted_at=0.0, generation=generation)
+        message = admit(row, self.record.id, delivery.n, delivery.role, b"", time.time())
+        message.hop = delivery.hop
+        await self._fail(delivery, message, error, delivery.headers.get(HEADER_LEASE, ""))
+
+    def _account(self, message: Orchestrator, llm: LLM, calls: int) -> None:
+        usage = llm.usage
+        before = message.usage.get(message.role)
+        message.usage = {**message.usage, message.role: usage if before is None else before + usage}
+        telemetry.MODEL_CALLS.labels(self.flow.name, message.role).inc(calls)
+        telemetry.TOKENS.labels(self.flow.name, message.role, "prompt").inc(usage.prompt_tokens)
+        telemetry.TOKENS.labels(self.flow.name, message.role, "completion").inc(usage.completion_tokens)
+
+    async def _wait_until(self, not_before: float, pool: Pool) -> None:
+        """A retry waits for its time under heartbeat, and without a slot."""
+        delay = not_before - time.time()
+        if delay > 0:
+            pool.busy -= 1
+            self._pump.touch(pool)
+            try:
+                await asyncio.sleep(delay)
+            finally:
+                pool.busy += 1
+
+    # --- who executes what --------------------------------------------------------------------------------------
+
+    @property
+    def _owner_subject(self) -> str:
+        return f"own.{self.record.id}"
+
+    async def _answer_owner_query(self, message: Msg) -> None:
+        query = msgspec.json.decode(message.data)
+        held = self._held.get(query["seq"])
+        if held is not None and held.running:
+            held.ack_subject = query["ack"]
+            held.beat_at = time.monotonic()
+            await self._bus.send(message.reply, b"mine")
+
+    async def _reconnected(self) -> None:
+        """A restarted broker forgets delivery counts: all that is in the queue now may have been handled before."""
+        self._old_until = await self._moves.last_sequence()
+        self._pump.touch_all()
+
+
+def _record(error: Exception, message: Orchestrator, now: float) -> ErrorRecord:
+    text = str(error) or ("the handler's time was up" if isinstance(error, TimeoutError) else repr(error))
+    if not isinstance(error, MatrixBusError | TimeoutError):
+        text = f"{text}\n{_user_trace(error)}"
+    return ErrorRecord(type(error).__name__, text[:4000], message.role, message.hop, message.attempt, now)
+
+
+def _reason(error: Exception) -> str:
+    """A short word to count failures by."""
+    if isinstance(error, RowError):
+        return "bad_row"
+    if isinstance(error, ModelError | WorkerCrashed):
+        return type(error).__name__
+    return "timeout" if isinstance(error, TimeoutError) else f"error: {type(error).__name__}"
+
+
+def _user_trace(error: BaseException) -> str:
+    """The last frames of a handler's traceback: ours come first and are not the user's concern."""
+    return "".join(traceback.format_tb(error.__traceback__)[-_TRACE_FRAMES:]).rstrip()
+
+
+def _too_large(size: int, limit: int) -> RowError:
+    return RowError(f"the row's message has grown to {size} bytes, the broker takes {limit}: keep less in the state")
+
+
+def _generation(headers: Mapping[str, str]) -> int:
+    parts = headers.get("Nats-Msg-Id", "").split(":")
+    return int(parts[2]) if len(parts) == 5 and parts[2].isdigit() else 0
