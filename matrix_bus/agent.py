@@ -31,6 +31,7 @@ import msgspec
 
 from .config import Sampling, parse
 from .errors import ConfigError, RowError, WorkflowError
+from .llm import LLM
 from .orchestrator import LEASE_ROLE, Kind, Orchestrator, OutcomeRecord, is_token
 
 ENTRY_POINTS = "matrix_bus.workflows"
@@ -175,6 +176,11 @@ class Role:
                 raise WorkflowError(f"role {self.name!r}: parameter {name!r} needs a type, such as {name}: LLM")
         return tuple((name, hints[name]) for name in names[1:])
 
+    @property
+    def wants_model(self) -> bool:
+        """True if the handler takes an `LLM`."""
+        return any(kind is LLM for _, kind in self.parameters)
+
     @functools.cached_property
     def routes(self) -> frozenset[str]:
         """The roles that appear in the handler's source as `to("name")`."""
@@ -197,11 +203,18 @@ class Workflow(Generic[S]):
     """A named set of roles around one state struct.
 
     `start` is the role that a new row goes to. `config` is the struct of the workflow's own parameters
-    (`workflow.<name>=value` on the command line); a handler gets it by a parameter of that type.
+    (`workflow.<name>=value` on the command line); a handler gets it by a parameter of that type. `quick` holds
+    settings, by their dotted keys, with which a first try on the small embedded model ends soon.
     """
 
     def __init__(
-        self, name: str, *, state: type[S], start: str, config: type[msgspec.Struct] | None = None
+        self,
+        name: str,
+        *,
+        state: type[S],
+        start: str,
+        config: type[msgspec.Struct] | None = None,
+        quick: Mapping[str, Any] | None = None,
     ) -> None:
         if not is_token(name):
             raise WorkflowError(f"workflow name {name!r} must be 1 to 64 of A-Z a-z 0-9 _ -")
@@ -209,6 +222,7 @@ class Workflow(Generic[S]):
         self.state = state
         self.start = start
         self.config = config
+        self.quick = {"max_in_flight": 4, **(quick or {})}
         self.roles: dict[str, Role] = {}
         self.spec = name
         """What `load_workflow` was given: another process loads the same from it."""
@@ -287,7 +301,9 @@ class Workflow(Generic[S]):
             raise WorkflowError(f"workflow {self.name!r} starts at {self.start!r}, its roles are {self._names()}")
         for role in self.roles.values():
             for parameter, kind in role.parameters:
-                if role.mode != "async" and kind is not self.config:
+                if kind is not LLM and (self.config is None or kind is not self.config):
+                    raise WorkflowError(f"role {role.name!r} asks for {parameter!r} of type {kind!r}, which nothing provides")
+                if role.mode != "async" and kind is LLM:
                     raise WorkflowError(
                         f"role {role.name!r} is a plain def, which cannot await {parameter!r}: make it async def"
                     )

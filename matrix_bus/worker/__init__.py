@@ -19,7 +19,6 @@ from .. import registry, telemetry
 from ..agent import Workflow
 from ..bus import Bus
 from ..errors import BusError, MatrixBusError
-from ..llm import LLM
 from ..orchestrator import LEASE_ROLE
 from ..registry import RunRecord
 from .handlers import Executors
@@ -144,7 +143,7 @@ class Worker:
             aliases = {
                 record.config.role(name).model or flow.roles[name].model
                 for name in served
-                if any(kind is LLM for _, kind in flow.roles[name].parameters)
+                if flow.roles[name].wants_model
             }
             resolve = await self._models.resolver(record.config, aliases)
             session = Session(self._bus, record, flow, pools, self._pump, self._executors, resolve)

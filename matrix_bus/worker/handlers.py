@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from ..agent import Next, Outcome, Role, Row, Workflow, load_workflow
-from ..errors import HandlerError, WorkerCrashed, WorkflowError
+from ..errors import HandlerError, WorkerCrashed
 from ..llm import LLM
 from ..orchestrator import Orchestrator, decode, encode
 
@@ -56,7 +56,7 @@ class Executors:
 
 
 class Caller:
-    """Calls one role's handler. Raises `WorkflowError` when made, if the handler wants what nobody has."""
+    """Calls one role's handler with the row and what it asked for."""
 
     def __init__(
         self, flow: Workflow[Any], role: Role, config: msgspec.Struct | None, executors: Executors, trials: int
@@ -67,17 +67,7 @@ class Caller:
         self._trials = trials
         self._config = config
         self._llm_names = [name for name, kind in role.parameters if kind is LLM]
-        self._fixed: dict[str, Any] = {}
-        for name, kind in role.parameters:
-            if kind is LLM:
-                continue
-            if flow.config is None or kind is not flow.config:
-                raise WorkflowError(f"role {role.name!r} asks for {name!r} of type {kind!r}, which nothing provides")
-            self._fixed[name] = config
-
-    @property
-    def wants_llm(self) -> bool:
-        return bool(self._llm_names)
+        self._fixed = {name: config for name, kind in role.parameters if kind is not LLM}
 
     async def __call__(self, message: Orchestrator, make_llm: MakeLLM) -> tuple[Next | Outcome, bytes]:
         """(what the handler decided, the state as it left it).

@@ -1,0 +1,20 @@
+"""Model calls over a live set of OpenAI-compatible endpoints, recorded in the history of the row."""
+
+from .client import LLM
+from .history import Call
+from .messages import Message, Reply, Usage, assistant, system, tool, user
+from .pool import Endpoint, ModelPool
+
+__all__ = (
+    "LLM",
+    "Call",
+    "Endpoint",
+    "Message",
+    "ModelPool",
+    "Reply",
+    "Usage",
+    "assistant",
+    "system",
+    "tool",
+    "user",
+)

@@ -1,0 +1,97 @@
+"""Calls through the openai package, which knows hosted providers and is imported only when used."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from .edge import CONNECT_TIMEOUT_S, MODELS_TIMEOUT_S, Edge
+from .messages import ChatRequest, Reply
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI, RequestOptions
+
+
+class SdkTransport:
+    """One endpoint, called by an `AsyncOpenAI` of its own, without its retries: the pool's are enough."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        self._edge = Edge(url, api_key)
+        self._client = _client(url, api_key)
+        self._options = _options(api_key)
+        self._closed = False
+
+    async def complete(self, request: ChatRequest, timeout_s: float) -> Reply:
+        """Send one call; raises the `ModelError` that fits what went wrong."""
+        body = msgspec.to_builtins(request.body())
+        started = time.perf_counter()
+        # Plain bytes: the reply is read by the decoder that the direct transport uses, not by pydantic.
+        call = self._client.post("/chat/completions", cast_to=bytes, body=body, options=self._options)
+        answer = await self._exchange(call, request.model, timeout_s)
+        return self._edge.reply(request.model, answer, time.perf_counter() - started)
+
+    async def models(self) -> list[str]:
+        """The names of the models that the server has; raises as `complete` does."""
+        call = self._client.get("/models", cast_to=bytes, options=self._options)
+        return self._edge.model_names(await self._exchange(call, "", MODELS_TIMEOUT_S))
+
+    async def close(self) -> None:
+        """Close the connections; safe to repeat."""
+        self._closed = True
+        await self._client.close()
+
+    async def _exchange(self, call: Awaitable[bytes], model: str, timeout_s: float) -> bytes:
+        import openai
+
+        try:
+            # The SDK's own timeouts are per read, so that a server which trickles would never run into one.
+            async with asyncio.timeout(timeout_s):
+                return await call
+        except TimeoutError as error:
+            raise self._edge.timed_out(model, timeout_s) from error
+        except openai.APIStatusError as error:
+            answer = error.response
+            raise await self._edge.refusal(
+                model,
+                error.status_code,
+                answer.headers.get("Retry-After"),
+                answer.content,
+                self.models if model else None,
+            ) from error
+        except openai.APIConnectionError as error:
+            # A timeout inside the SDK is included: the only one set is that for connecting.
+            raise self._edge.gone(model, error.__cause__ or error) from error
+        except (openai.OpenAIError, RuntimeError) as error:
+            if not (self._closed or isinstance(error, openai.OpenAIError)):
+                raise
+            raise self._edge.gone(model, error) from error
+
+
+def _options(api_key: str | None) -> RequestOptions:
+    import openai
+
+    return {} if api_key else {"headers": {"Authorization": openai.Omit()}}
+
+
+def _client(url: str, api_key: str | None) -> AsyncOpenAI:
+    import openai
+
+    # The SDK sits on httpx in one major version and on httpx2 in the next; its own names serve for both.
+    timeout = openai.Timeout(None, connect=CONNECT_TIMEOUT_S)
+    unlimited = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=None, max_keepalive_connections=None)
+    try:
+        http_client = openai.DefaultAioHttpClient(timeout=timeout, limits=unlimited)
+    except RuntimeError:  # an SDK without its aiohttp extra: the same at thrice the CPU
+        http_client = openai.DefaultAsyncHttpxClient(timeout=timeout, limits=unlimited)
+    return openai.AsyncOpenAI(
+        base_url=url,
+        # None would mean OPENAI_API_KEY from the environment, which is not for this server to see.
+        api_key=api_key or "none",
+        max_retries=0,
+        timeout=timeout,
+        http_client=http_client,
+    )
