@@ -7,6 +7,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -44,7 +45,8 @@ from .pulling import Pool, Pump
 from .retry import backoff_s
 
 OWNER_ANSWERS_WITHIN_S = 0.1
-_TRACE_FRAMES = 3
+_TRACE_FRAMES = 5
+_PACKAGE = str(Path(__file__).parent.parent)
 
 log = telemetry.logger("worker")
 
@@ -399,8 +401,9 @@ def _reason(error: Exception) -> str:
 
 
 def _user_trace(error: BaseException) -> str:
-    """The last frames of a handler's traceback: ours come first and are not the user's concern."""
-    return "".join(traceback.format_tb(error.__traceback__)[-_TRACE_FRAMES:]).rstrip()
+    """The frames of a traceback that are not ours: a handler's mistake is in the user's own code."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_PACKAGE)]
+    return "".join(traceback.format_list(frames[-_TRACE_FRAMES:])).rstrip()
 
 
 def _too_large(size: int, limit: int) -> RowError:

@@ -1,0 +1,69 @@
+"""What the commands share: options, the broker to talk to, the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+T = TypeVar("T")
+
+Server = Annotated[
+    str,
+    typer.Option(
+        "--server",
+        envvar="MATRIX_BUS_SERVER",
+        help="Broker, as nats://host:4222. Without it: a local one, shared by your terminals, started when needed.",
+    ),
+]
+LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
+LogJson = Annotated[bool, typer.Option("--log-json", help="Logs as one JSON object a line.")]
+WorkflowSpec = Annotated[
+    str, typer.Option("--workflow", "-w", help="An installed workflow's name, my_flow.py, or module:attribute.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings, such as workflow.max_turns=4 trials=2 llm.sampling.temperature=0.5"
+    ),
+]
+
+
+def go(work: Coroutine[Any, Any, T]) -> T:
+    """Runs a command's coroutine on uvloop; only our own processes do, a host application keeps its loop."""
+    try:
+        import uvloop
+    except ImportError:  # no build for this platform
+        return asyncio.run(work)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
+def say(text: str) -> None:
+    """To the person at the terminal; stdout stays free for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def broker_url(server: str) -> str:
+    """The broker to talk to; starts the user's local one if none is named."""
+    if server:
+        return server
+    from ..broker import local_broker
+
+    info = local_broker().ensure()
+    if info.started_by_us:
+        say(f"started a local broker at {info.url} (matrix-bus broker stop ends it)")
+    return info.url
+
+
+def embedded_model() -> str:
+    """URL of the user's local model server, started if it does not run."""
+    from matrix_serving import local_model
+
+    info = local_model().ensure()
+    if info.started_by_us:
+        say(f"started the embedded model at {info.url} (matrix-bus serve stop ends it)")
+    return info.url
