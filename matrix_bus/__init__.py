@@ -17,7 +17,18 @@ if TYPE_CHECKING:
     from .orchestrator import OutcomeRecord, Usage
 
 _HOMES = {
-    "agent": ("Next", "Outcome", "Row", "State", "Workflow", "failed", "filtered", "load_workflow", "success", "to"),
+    "agent": (
+        "Next",
+        "Outcome",
+        "Row",
+        "State",
+        "Workflow",
+        "failed",
+        "filtered",
+        "load_workflow",
+        "success",
+        "to",
+    ),
     "config": ("ModelConfig", "RoleConfig", "RunConfig", "Sampling"),
     "errors": ("MatrixBusError",),
     "llm": ("LLM", "Message", "Reply", "assistant", "system", "tool", "user"),

@@ -1,13 +1,13 @@
 """What a user writes: a workflow, its state, and one handler per role.
 
-    class Draft(State):
-        topic: str
-        text: str = ""
+class Draft(State):
+    topic: str
+    text: str = ""
 
-    flow = Workflow("draft", state=Draft, start="writer")
+flow = Workflow("draft", state=Draft, start="writer")
 
-    @flow.role
-    async def writer(row: Row[Draft], llm: LLM) -> Next | Outcome: ...
+@flow.role
+async def writer(row: Row[Draft], llm: LLM) -> Next | Outcome: ...
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ class Workflow(Generic[S]):
     def role(self, handler: H, /) -> H: ...
     @overload
     def role(
-        self, *, name: str = "", model: str = "default", sampling: Sampling = ..., process: bool = False
+        self, /, *, name: str = "", model: str = "default", sampling: Sampling = ..., process: bool = False
     ) -> Callable[[H], H]: ...
     def role(
         self,
@@ -302,7 +302,9 @@ class Workflow(Generic[S]):
         for role in self.roles.values():
             for parameter, kind in role.parameters:
                 if kind is not LLM and (self.config is None or kind is not self.config):
-                    raise WorkflowError(f"role {role.name!r} asks for {parameter!r} of type {kind!r}, which nothing provides")
+                    raise WorkflowError(
+                        f"role {role.name!r} asks for {parameter!r} of type {kind!r}, which nothing provides"
+                    )
                 if role.mode != "async" and kind is LLM:
                     raise WorkflowError(
                         f"role {role.name!r} is a plain def, which cannot await {parameter!r}: make it async def"
@@ -348,9 +350,10 @@ def load_workflow(spec: str) -> Workflow[Any]:
             target = points[spec]
         name, _, attribute = target.partition(":")
         module = _import(name, spec)
-        flow = getattr(module, attribute, None)
-        if not isinstance(flow, Workflow):
+        there = getattr(module, attribute, None)
+        if not isinstance(there, Workflow):
             raise WorkflowError(f"{target} is not a Workflow")
+        flow = there
     flow.spec = str(Path(spec).resolve()) if spec.endswith(".py") else spec
     flow.code_hash = _code_hash(module)
     flow.check()

@@ -141,9 +141,7 @@ def local_broker(home: Path | None = None) -> LocalService:
         config = write_config(base / "broker", port, server_name=identity)
         return [str(find_server()), "-c", str(config)]
 
-    return LocalService(
-        "broker", argv=argv, url=lambda port: f"nats://127.0.0.1:{port}", healthy=_is_server, home=base
-    )
+    return LocalService("broker", argv=argv, url=lambda port: f"nats://127.0.0.1:{port}", healthy=_is_server, home=base)
 
 
 class Broker:
@@ -193,9 +191,7 @@ class Broker:
                 return self
             # Ended because of its port? A chosen one is replaced, the old one is waited for.
             if port_is_free(self.port) or time.monotonic() > deadline:
-                raise BusUnavailable(
-                    f"the private broker did not start; the end of {self.log}:\n{log_tail(self.log)}"
-                )
+                raise BusUnavailable(f"the private broker did not start; the end of {self.log}:\n{log_tail(self.log)}")
             time.sleep(_POLL_S)
 
     def _launch(self, server: Path, deadline: float) -> bool:

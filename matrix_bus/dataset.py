@@ -109,7 +109,7 @@ def _open(path: str) -> Iterator[IO[bytes]]:
     with open(path, "rb") as file:
         if path.endswith(".zst"):
             with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
-                yield io.BufferedReader(stream)  # type: ignore[type-var]  # readinto is all that it needs
+                yield io.BufferedReader(stream)
         else:
             yield file
 

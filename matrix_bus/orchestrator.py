@@ -280,9 +280,7 @@ def advance(message: Orchestrator, role: str) -> Orchestrator:
     """The next hop, at `role`. Shares the growing parts with `message`, which is not used again."""
     visits = dict(message.visits)
     visits[role] = visits.get(role, 0) + 1
-    return msgspec.structs.replace(
-        message, hop=message.hop + 1, attempt=1, role=role, visits=visits, not_before=0.0
-    )
+    return msgspec.structs.replace(message, hop=message.hop + 1, attempt=1, role=role, visits=visits, not_before=0.0)
 
 
 def retry(message: Orchestrator, error: ErrorRecord, not_before: float) -> Orchestrator:
@@ -292,9 +290,7 @@ def retry(message: Orchestrator, error: ErrorRecord, not_before: float) -> Orche
     )
 
 
-def finish(
-    message: Orchestrator, workflow: str, trials: int, kind: Kind, reason: str, now: float
-) -> OutcomeRecord:
+def finish(message: Orchestrator, workflow: str, trials: int, kind: Kind, reason: str, now: float) -> OutcomeRecord:
     """The row's outcome."""
     total = Usage()
     for usage in message.usage.values():

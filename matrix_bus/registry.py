@@ -16,8 +16,7 @@ import msgspec
 from msgspec import Struct
 from nats.aio.msg import Msg
 
-from .bus import Bus, is_lost_race
-from .bus.connection import STREAM_NOT_FOUND
+from .bus import STREAM_NOT_FOUND, Bus, is_lost_race
 from .config import RunConfig
 from .errors import BusError, NobodyListens, PublishRefused, RunError
 from .orchestrator import LEASE_ROLE, is_token, outcome_stream, work_stream
@@ -104,7 +103,13 @@ async def prepare(bus: Bus) -> None:
     )
     await bus.api(
         f"STREAM.CREATE.{DEAD}",
-        {"name": DEAD, "subjects": ["dead.>"], "retention": "limits", "allow_direct": True, "storage": "file"},
+        {
+            "name": DEAD,
+            "subjects": ["dead.>"],
+            "retention": "limits",
+            "allow_direct": True,
+            "storage": "file",
+        },
     )
 
 

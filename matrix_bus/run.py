@@ -11,7 +11,7 @@ import platform
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,7 @@ async def _publish_row(bus: Bus, run: str, n: int, body: bytes) -> None:
         wait_s = min(2.0, wait_s * 2)
 
 
-async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncIterator[Stored | None]:
+async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGenerator[Stored | None, None]:
     """The run's outcomes from stream sequence `start` on, as they come; ends when the run is complete.
 
     `seen` is how many came before `start`. None is yielded whenever there is nothing new at the moment, so that

@@ -200,9 +200,7 @@ class LocalService:
         port = last.port if last and keep else free_port()
         for _ in range(5):
             record = _Record(identity, port, self._url(port))
-            self._write(
-                record
-            )  # before it starts: should we die meanwhile, the next one finds it by its port
+            self._write(record)  # before it starts: should we die meanwhile, the next one finds it by its port
             pid = self._spawn(self._argv(port, identity))
             if self._wait_ready(record):
                 return replace(self._note(record, pid), started_by_us=True)
@@ -210,9 +208,7 @@ class LocalService:
                 break
             port = free_port()  # somebody else took it in between
         state = "does not answer" if self._alive() else "ended at once"
-        raise UsageError(
-            f"the local {self.name} was started but {state}; the end of {self.log}:\n{log_tail(self.log)}"
-        )
+        raise UsageError(f"the local {self.name} was started but {state}; the end of {self.log}:\n{log_tail(self.log)}")
 
     def _spawn(self, argv: Sequence[str]) -> int:
         with self._pid_file.open("a") as held, self.log.open("ab") as log:

@@ -3,7 +3,8 @@
 All errors of the broker and of its client library are translated here, at one edge, into `matrix_bus.errors`.
 """
 
-from .connection import Bus, PubAck, Stored, delivery_facts, is_lost_race
+from .connection import Bus
 from .pull import Lane
+from .wire import STREAM_NOT_FOUND, PubAck, Stored, delivery_facts, is_lost_race
 
-__all__ = ("Bus", "Lane", "PubAck", "Stored", "delivery_facts", "is_lost_race")
+__all__ = ("STREAM_NOT_FOUND", "Bus", "Lane", "PubAck", "Stored", "delivery_facts", "is_lost_race")

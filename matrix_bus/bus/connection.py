@@ -7,18 +7,25 @@ import base64
 import contextlib
 import itertools
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
 import nats
 import nats.errors
-from msgspec import Struct
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from ..errors import BusError, BusTimeout, BusUnavailable, BusUnsuitable, MatrixBusError, NobodyListens, PublishRefused
+from ..errors import (
+    BusTimeout,
+    BusUnavailable,
+    BusUnsuitable,
+    MatrixBusError,
+    NobodyListens,
+    PublishRefused,
+)
 from ..telemetry import logger
+from .wire import NO_MESSAGE, PubAck, Stored, get_reply, parse_headers, pub_reply
 
 OLDEST_SERVER = (2, 12)
 """Batched direct get and per-subject fences with wildcards need it; what is tested is 2.15."""
@@ -26,71 +33,10 @@ OLDEST_SERVER = (2, 12)
 CALL_TIMEOUT_S = 5.0
 _SWEEP_S = 0.5
 
-# JetStream's err_code values (server/errors.json of nats-server).
-WRONG_LAST_SEQUENCE = 10071
-NO_MESSAGE = 10037
-STREAM_NOT_FOUND = 10059
-CONSUMER_NOT_FOUND = 10014
-
 log = logger("bus")
 
 
-class PubAck(Struct):
-    """The broker's confirmation that a message is stored."""
-
-    seq: int = 0
-    duplicate: bool = False
-
-
-class Stored(Struct):
-    """A message as it lies in a stream."""
-
-    subject: str
-    seq: int
-    headers: Mapping[str, str]
-    data: bytes
-
-
-class _ApiError(Struct):
-    code: int = 0
-    err_code: int = 0
-    description: str = ""
-
-
-class _PubReply(Struct):
-    seq: int = 0
-    duplicate: bool = False
-    error: _ApiError | None = None
-
-
-class _GotMessage(Struct):
-    subject: str
-    seq: int
-    data: str = ""
-    hdrs: str = ""
-
-
-class _GetReply(Struct):
-    message: _GotMessage | None = None
-    error: _ApiError | None = None
-
-
-_pub_reply = msgspec.json.Decoder(_PubReply)
-_get_reply = msgspec.json.Decoder(_GetReply)
-
 Reconnected = Callable[[], Awaitable[None]]
-
-
-def is_lost_race(error: PublishRefused) -> bool:
-    """True if the fence or the guard refused: the subject has moved on since the sequence that was expected."""
-    return error.code == WRONG_LAST_SEQUENCE
-
-
-def delivery_facts(ack_subject: str) -> tuple[int, int]:
-    """(deliveries so far, stream sequence) from a delivered message's ack subject, either of its two forms."""
-    tokens = ack_subject.split(".")
-    start = 4 if len(tokens) == 9 else 6
-    return int(tokens[start]), int(tokens[start + 1])
 
 
 class Bus:
@@ -165,7 +111,7 @@ class Bus:
         found = re.match(r"(\d+)\.(\d+)", version)
         if found is None or (int(found[1]), int(found[2])) < OLDEST_SERVER:
             raise BusUnsuitable(
-                f"nats-server at {self.url} is {version}, matrix-bus needs {OLDEST_SERVER[0]}.{OLDEST_SERVER[1]} or newer"
+                f"nats-server at {self.url} is {version}: matrix-bus needs {OLDEST_SERVER[0]}.{OLDEST_SERVER[1]}"
             )
         if not info.get("jetstream"):
             raise BusUnsuitable(f"nats-server at {self.url} runs without JetStream: start it with `-js`")
@@ -248,7 +194,7 @@ class Bus:
 
         Raises `PublishRefused` with the broker's code, or `BusTimeout` when it is unknown whether it is stored.
         """
-        reply = _pub_reply.decode((await self.call(subject, body, headers)).data)
+        reply = pub_reply.decode((await self.call(subject, body, headers)).data)
         if reply.error is not None:
             raise PublishRefused(subject, reply.error.err_code, reply.error.description)
         return PubAck(reply.seq, reply.duplicate)
@@ -270,14 +216,14 @@ class Bus:
         Asks the stream's leader: a direct get may be answered by a follower that lags behind.
         """
         body = msgspec.json.encode({"last_by_subj": subject})
-        reply = _get_reply.decode((await self.call(f"$JS.API.STREAM.MSG.GET.{stream}", body)).data)
+        reply = get_reply.decode((await self.call(f"$JS.API.STREAM.MSG.GET.{stream}", body)).data)
         if reply.error is not None:
             if reply.error.err_code == NO_MESSAGE:
                 return None
             raise PublishRefused(stream, reply.error.err_code, reply.error.description)
         assert reply.message is not None
         found = reply.message
-        headers = _headers(base64.b64decode(found.hdrs)) if found.hdrs else {}
+        headers = parse_headers(base64.b64decode(found.hdrs)) if found.hdrs else {}
         return Stored(found.subject, found.seq, headers, base64.b64decode(found.data))
 
     async def last_sequence(self, stream: str) -> int:
@@ -394,8 +340,3 @@ class Bus:
             for future, deadline in list(self._waiting.values()):
                 if deadline < now and not future.done():
                     future.set_exception(BusTimeout("the broker did not confirm in time"))
-
-
-def _headers(raw: bytes) -> dict[str, str]:
-    lines = raw.decode("utf-8", "replace").split("\r\n")[1:]
-    return {name: value.strip() for name, sep, value in (line.partition(":") for line in lines) if sep}

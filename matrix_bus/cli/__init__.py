@@ -40,7 +40,9 @@ def main() -> None:
 
 def _print_user_frames(error: BaseException) -> None:
     """The traceback without our own frames and the import machinery's: what is left is the user's code."""
-    frames = [f for f in traceback.extract_tb(_tb(error)) if "matrix_bus" not in f.filename and "<frozen" not in f.filename]
+    frames = [
+        f for f in traceback.extract_tb(_tb(error)) if "matrix_bus" not in f.filename and "<frozen" not in f.filename
+    ]
     for line in traceback.format_list(frames) + traceback.format_exception_only(error):
         print(line, end="", file=sys.stderr)
 

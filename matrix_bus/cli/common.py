@@ -22,12 +22,14 @@ Server = Annotated[
 LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Logs as one JSON object a line.")]
 WorkflowSpec = Annotated[
-    str, typer.Option("--workflow", "-w", help="An installed workflow's name, my_flow.py, or module:attribute.")
+    str,
+    typer.Option("--workflow", "-w", help="An installed workflow's name, my_flow.py, or module:attribute."),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Settings, such as workflow.max_turns=4 trials=2 llm.sampling.temperature=0.5"
+        metavar="[KEY=VALUE]...",
+        help="Settings, such as workflow.max_turns=4 trials=2 llm.sampling.temperature=0.5",
     ),
 ]
 

@@ -71,9 +71,7 @@ def worker(
 
         bus = await _connect_patiently(url)
         async with bus:
-            serving = Worker(
-                bus, flows, roles=role or [], slots=slots, grace_s=grace_s, embedded_model=embedded_model
-            )
+            serving = Worker(bus, flows, roles=role or [], slots=slots, grace_s=grace_s, embedded_model=embedded_model)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, serving.stop)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +33,9 @@ _SAY_MISSING_AFTER_S = 4.0
 
 Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="JSONL, also .zst; - is stdin.")]
 RunId = Annotated[str, typer.Option("--run", help="Id of the run; the same id and data again continue it.")]
-OutputPath = Annotated[Path, typer.Option("--output", "-o", help="Where outcomes go, one JSON object a line; also .zst.")]
+OutputPath = Annotated[
+    Path, typer.Option("--output", "-o", help="Where outcomes go, one JSON object a line; also .zst.")
+]
 
 
 @app.command("run")
@@ -63,7 +67,7 @@ def run_all(
     worker = subprocess.Popen(command, env=_import_here(), start_new_session=True)
     try:
         with _interruptible():
-            _submit_and_wait(url, flow, config, file, output, run_id, worker)
+            go(_submit_and_wait(_Job(url, flow, config, file, output, run_id), worker))
     finally:
         worker.terminate()
         worker.wait()
@@ -78,7 +82,9 @@ def submit(
     workflow: WorkflowSpec = "coral",
     output: OutputPath = Path("out.jsonl"),
     run_id: RunId = "",
-    detach: Annotated[bool, typer.Option("--detach", help="Return once everything is submitted; collect later.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return once everything is submitted; collect later.")
+    ] = False,
     server: Server = "",
     log_level: LogLevel = "warning",
     log_json: LogJson = False,
@@ -90,15 +96,15 @@ def submit(
     """
     configure_logs(level=log_level, json=log_json)
     flow, config = _load(workflow, overrides or [])
-    url = broker_url(server)
+    job = _Job(broker_url(server), flow, config, data, output, run_id)
     with _interruptible():
         if detach:
-            record = go(_detach(url, flow, config, data, output, run_id))
+            record = go(_detach(job))
             say(f"run {record.id} goes on by itself: matrix-bus status {record.id}")
             say(f"  outcomes, now or tomorrow: matrix-bus collect {record.id} -o {output}")
             print(record.id)
         else:
-            _submit_and_wait(url, flow, config, data, output, run_id, None)
+            go(_submit_and_wait(job))
 
 
 @app.command()
@@ -118,7 +124,12 @@ def collect(
             tally = run.Tally(_flow_of(record))
             line = ProgressLine()
             written = await run.collect(
-                bus, record, output, follow=follow, tally=tally, on_progress=lambda n: line.show(f"{n} outcomes")
+                bus,
+                record,
+                output,
+                follow=follow,
+                tally=tally,
+                on_progress=lambda n: line.show(f"{n} outcomes"),
             )
             line.clear()
             _say_kept(written)
@@ -209,30 +220,39 @@ class _Rejects:
             say(f"{self.count} lines rejected, with line number and reason in {self.path}")
 
 
-async def _start(
-    bus: Bus, flow: Workflow[Any], config: RunConfig, data: str, output: Path, run_id: str
-) -> RunRecord:
+@dataclass(frozen=True)
+class _Job:
+    """What was asked for on the command line."""
+
+    url: str
+    flow: Workflow[Any]
+    config: RunConfig
+    data: str
+    output: Path
+    run_id: str
+
+    @property
+    def dataset_name(self) -> str:
+        """Path and fingerprint, so that a run is not continued with other data."""
+        return "-" if self.data == "-" else f"{Path(self.data).resolve()}#{dataset.fingerprint(self.data)}"
+
+
+async def _start(bus: Bus, job: _Job) -> RunRecord:
     """Opens the run and submits the dataset to it."""
-    print_ = dataset.fingerprint(data)
-    name = data if data == "-" else f"{Path(data).resolve()}#{print_}"
-    lines = dataset.read(data)
+    lines = dataset.read(job.data)
     first = next(lines)  # an unreadable file must not leave an empty run behind
-    record = await run.open_run(bus, run.new_record(flow, config, run=run_id, dataset=name))
+    record = run.new_record(job.flow, job.config, run=job.run_id, dataset=job.dataset_name)
+    record = await run.open_run(bus, record)
     if record.total is not None:
         say(f"run {record.id} is submitted already, with {record.total} rows: going on with it")
         return record
-    rejects = _Rejects(output)
+    rejects = _Rejects(job.output)
     line = ProgressLine()
-
-    def all_lines() -> Iterator[dataset.Line | dataset.Rejected]:
-        yield first
-        yield from lines
-
     done = await run.submit(
         bus,
         record,
-        all_lines(),
-        check=flow.begin,
+        itertools.chain([first], lines),
+        check=job.flow.begin,
         on_reject=rejects.add,
         on_progress=lambda n: line.show(f"{n} rows submitted"),
     )
@@ -242,38 +262,28 @@ async def _start(
     return record
 
 
-async def _detach(url: str, flow: Workflow[Any], config: RunConfig, data: str, output: Path, run_id: str) -> RunRecord:
-    async with await Bus.connect(url, name="matrix-bus submit") as bus:
-        return await _start(bus, flow, config, data, output, run_id)
+async def _detach(job: _Job) -> RunRecord:
+    async with await Bus.connect(job.url, name="matrix-bus submit") as bus:
+        return await _start(bus, job)
 
 
 _following: list[tuple[str, Path]] = []
 """The run that a Ctrl-C leaves alone, for the message that says so."""
 
 
-def _submit_and_wait(
-    url: str,
-    flow: Workflow[Any],
-    config: RunConfig,
-    data: str,
-    output: Path,
-    run_id: str,
-    worker: subprocess.Popen[bytes] | None,
-) -> None:
-    async def work() -> None:
-        async with await Bus.connect(url, name="matrix-bus submit") as bus:
-            record = await _start(bus, flow, config, data, output, run_id)
-            _following.append((record.id, output))
-            tally = run.Tally(flow)
-            async with _status_line(bus, record, tally, worker):
-                written = await run.collect(bus, record, output, follow=True, tally=tally)
-            _say_kept(written)
-            manifest = await run.write_manifest(bus, record.id, output, tally, {"model": _model_facts(flow, config)})
-            say(f"run {record.id} is complete")
-            say(summary(tally) if tally.rows else "  no rows")
-            say(f"  output: {output} · manifest: {manifest}")
-
-    go(work())
+async def _submit_and_wait(job: _Job, worker: subprocess.Popen[bytes] | None = None) -> None:
+    async with await Bus.connect(job.url, name="matrix-bus submit") as bus:
+        record = await _start(bus, job)
+        _following.append((record.id, job.output))
+        tally = run.Tally(job.flow)
+        async with _status_line(bus, record, tally, worker):
+            written = await run.collect(bus, record, job.output, follow=True, tally=tally)
+        _say_kept(written)
+        facts = {"model": _model_facts(job.flow, job.config)}
+        manifest = await run.write_manifest(bus, record.id, job.output, tally, facts)
+        say(f"run {record.id} is complete")
+        say(summary(tally) if tally.rows else "  no rows")
+        say(f"  output: {job.output} · manifest: {manifest}")
 
 
 @contextlib.asynccontextmanager
@@ -286,12 +296,13 @@ async def _status_line(
     async def keep_showing() -> None:
         missing_since = 0.0
         said: list[str] = []
+        child = worker
         while True:
             await asyncio.sleep(_STATUS_EVERY_S)
-            if worker is not None and worker.poll() is not None:
+            if child is not None and child.poll() is not None:
                 line.clear()
-                say(f"the worker ended with exit code {worker.returncode}; the run is kept: start matrix-bus worker")
-                worker = None
+                say(f"the worker ended with exit code {child.returncode}; the run is kept: start matrix-bus worker")
+                child = None
             try:
                 progress = await registry.progress(bus, await registry.require(bus, record.id))
             except BusError as error:
@@ -334,7 +345,8 @@ async def _print_status(bus: Bus, record: RunRecord) -> None:
     print(f"{record.id}  {state}  {record.workflow}")
     print(f"  outcomes {progress.outcomes} {total} · in flight {progress.in_flight} · waiting {progress.waiting}")
     if progress.idle_roles and not progress.done:
-        print(f"  no worker serves {', '.join(progress.idle_roles)}: {_worker_command(record, progress.idle_roles, bus.url)}")
+        command = _worker_command(record, progress.idle_roles, bus.url)
+        print(f"  no worker serves {', '.join(progress.idle_roles)}: {command}")
 
 
 def _model_facts(flow: Workflow[Any], config: RunConfig) -> dict[str, str]:

@@ -34,7 +34,12 @@ class ProgressLine:
 
     def clear(self) -> None:
         if self._live:
-            print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="", file=sys.stderr, flush=True)
+            print(
+                "\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def progress_text(total: int | None, in_flight: int, waiting: int, tally: Tally) -> str:

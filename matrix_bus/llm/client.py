@@ -12,15 +12,16 @@ import msgspec
 
 from ..config import Sampling, parse
 from ..errors import ConfigError, HandlerError
+from ..orchestrator import Usage
 from .history import Call, Failure, Recorder
-from .messages import ChatRequest, Message, Reply, Usage, sent
+from .messages import ChatRequest, Message, Reply, sent
 from .pool import Flight, ModelPool
 
 
 class LLM:
     """The models, for one call of one role's handler; every model call goes into the row's history."""
 
-    def __init__(  # noqa: PLR0917 - one caller, the worker
+    def __init__(
         self,
         resolve: Callable[[str | None], ModelPool],
         default_alias: str,

@@ -83,9 +83,7 @@ class DirectTransport:
             self._closed = True
             await self._session.leave()
 
-    async def _exchange(
-        self, method: str, model: str, body: bytes, timeout_s: float
-    ) -> tuple[int, str | None, bytes]:
+    async def _exchange(self, method: str, model: str, body: bytes, timeout_s: float) -> tuple[int, str | None, bytes]:
         if self._closed:
             raise self._edge.gone(model, "this worker has closed it")
         try:

@@ -22,7 +22,8 @@ from ..errors import (
     RateLimited,
     ReplyInvalid,
 )
-from .messages import Reply, Usage
+from ..orchestrator import Usage
+from .messages import Reply
 
 CONNECT_TIMEOUT_S = 10.0
 """A host that has not taken the connection by then is gone; waiting longer would help nobody."""
@@ -35,9 +36,7 @@ _CONTEXT = re.compile(
     r"|model's context length|maximum model length",
     re.IGNORECASE,
 )
-_NO_MODEL = re.compile(
-    r"model_not_found|\bmodel\b.{0,300}\b(does not exist|not found)\b", re.IGNORECASE | re.DOTALL
-)
+_NO_MODEL = re.compile(r"model_not_found|\bmodel\b.{0,300}\b(does not exist|not found)\b", re.IGNORECASE | re.DOTALL)
 
 
 class Edge:
@@ -64,9 +63,7 @@ class Edge:
             finish_reason=first.finish_reason or "",
             model=completion.model or model,
             endpoint=self._url,
-            usage=Usage(
-                usage.prompt_tokens or 0, usage.completion_tokens or 0, details.cached_tokens or 0, calls=1
-            ),
+            usage=Usage(usage.prompt_tokens or 0, usage.completion_tokens or 0, details.cached_tokens or 0, calls=1),
             reasoning=said.reasoning_content or said.reasoning,
             tool_calls=said.tool_calls or [],
             logprobs=first.logprobs,
@@ -120,8 +117,7 @@ class Edge:
             return EndpointGone(f"{where}: {said}; see the server's log")
         if _CONTEXT.search(body.decode(errors="replace")):
             return ContextLengthExceeded(
-                f"{where}: {said}; "
-                "shorten the prompt, lower max_tokens or serve the model with a longer context"
+                f"{where}: {said}; shorten the prompt, lower max_tokens or serve the model with a longer context"
             )
         if status == 404 or (status == 400 and _NO_MODEL.search(said)):
             return ModelNotFound(f"{where}: {said}; {await _advice(models)}")

@@ -14,7 +14,8 @@ import msgspec
 from msgspec import Raw, Struct
 
 from ..errors import RowError
-from .messages import Message, Usage
+from ..orchestrator import Usage
+from .messages import Message
 
 
 class Failure(Struct, frozen=True):
@@ -148,9 +149,7 @@ def _full(history: Sequence[bytes], index: int) -> list[Raw]:
         if line.prefix is None:
             break
         if not 0 <= before < index or kept < 0:
-            raise RowError(
-                f"line {index} of the history builds on line {before}, which does not come before it"
-            )
+            raise RowError(f"line {index} of the history builds on line {before}, which does not come before it")
         index, wanted = before, kept if wanted is None else min(kept, wanted)
     return [message for part in reversed(parts) for message in part]
 

@@ -97,9 +97,7 @@ class ModelPool:
         wanted = list(dict.fromkeys(url.rstrip("/") for url in urls))
         for url in wanted:
             if not url.startswith(("http://", "https://")):
-                raise ConfigError(
-                    f"{url!r} is not the URL of a server; it must look like http://host:8000/v1"
-                )
+                raise ConfigError(f"{url!r} is not the URL of a server; it must look like http://host:8000/v1")
         kept = {endpoint.url: endpoint for endpoint in self._endpoints if endpoint.url in wanted}
         gone = [endpoint for endpoint in self._endpoints if endpoint.url not in kept]
         random.shuffle(wanted)
@@ -125,9 +123,7 @@ class ModelPool:
             finally:
                 flight.wait_s += time.perf_counter() - queued
             if endpoint is None:
-                raise EndpointGone(
-                    f"the calls of model {self.model!r} are closed in this worker; try another one"
-                )
+                raise EndpointGone(f"the calls of model {self.model!r} are closed in this worker; try another one")
             flight.endpoint = endpoint.url
             try:
                 reply = await endpoint.transport.complete(request, self._config.timeout_s)

@@ -100,7 +100,8 @@ class Worker:
                 task.cancel()
             closing = asyncio.gather(*(session.close(self._grace_s) for session in self._sessions.values()))
             hurry = asyncio.create_task(self._hurry.wait())
-            await asyncio.wait([closing, hurry], return_when=asyncio.FIRST_COMPLETED)
+            waits: list[asyncio.Future[Any]] = [closing, hurry]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             if not closing.done():
                 await asyncio.gather(*(session.close(0) for session in self._sessions.values()))
             hurry.cancel()

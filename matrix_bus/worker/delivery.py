@@ -12,7 +12,19 @@ from ..bus import delivery_facts
 class Delivery:
     """A delivered row or hop message, from its arrival until it is settled."""
 
-    __slots__ = ("ack_subject", "beat_at", "data", "headers", "hop", "n", "old", "role", "running", "seq", "spoke")
+    __slots__ = (
+        "ack_subject",
+        "beat_at",
+        "data",
+        "headers",
+        "hop",
+        "n",
+        "old",
+        "role",
+        "running",
+        "seq",
+        "spoke",
+    )
 
     def __init__(self, message: Msg, old_until: int) -> None:
         _, _, self.role, n, hop = message.subject.split(".")

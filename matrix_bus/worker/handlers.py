@@ -59,7 +59,12 @@ class Caller:
     """Calls one role's handler with the row and what it asked for."""
 
     def __init__(
-        self, flow: Workflow[Any], role: Role, config: msgspec.Struct | None, executors: Executors, trials: int
+        self,
+        flow: Workflow[Any],
+        role: Role,
+        config: msgspec.Struct | None,
+        executors: Executors,
+        trials: int,
     ) -> None:
         self._flow = flow
         self._role = role
@@ -67,7 +72,7 @@ class Caller:
         self._trials = trials
         self._config = config
         self._llm_names = [name for name, kind in role.parameters if kind is LLM]
-        self._fixed = {name: config for name, kind in role.parameters if kind is not LLM}
+        self._fixed: dict[str, Any] = {name: config for name, kind in role.parameters if kind is not LLM}
 
     async def __call__(self, message: Orchestrator, make_llm: MakeLLM) -> tuple[Next | Outcome, bytes]:
         """(what the handler decided, the state as it left it).
@@ -82,10 +87,10 @@ class Caller:
             )
         else:
             row: Row[Any] = Row(message, self._flow.decode_state(message.state), self._trials)
-            arguments = self._fixed
+            arguments: dict[str, Any] = self._fixed
             if self._llm_names:
                 llm = make_llm()
-                arguments = {**self._fixed, **dict.fromkeys(self._llm_names, llm)}
+                arguments = self._fixed | dict.fromkeys(self._llm_names, llm)
             if role.mode == "async":
                 result = await role.handler(row, **arguments)
             else:

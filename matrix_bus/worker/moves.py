@@ -180,4 +180,3 @@ class Moves:
         await self._bus.wait_connected()
         await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
         return min(_LONGEST_WAIT_S, wait_s * 2)
-

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,12 +15,11 @@ from .. import telemetry
 from ..agent import Next, Workflow
 from ..bus import Bus, Lane
 from ..config import RoleConfig
-from ..errors import BusError, MatrixBusError, ModelError, RowError, WorkerCrashed
+from ..errors import BusError, MatrixBusError, RowError
 from ..llm import LLM, ModelPool
 from ..orchestrator import (
     HEADER_LEASE,
     LEASE_ROLE,
-    ErrorRecord,
     Kind,
     Orchestrator,
     RowMessage,
@@ -38,15 +35,13 @@ from ..orchestrator import (
 )
 from ..registry import RunRecord
 from .delivery import Delivery
+from .failure import backoff_s, describe, reason_of, too_large, user_frames
 from .handlers import Caller, Executors
 from .heartbeat import Wheel
 from .moves import Moves
 from .pulling import Pool, Pump
-from .retry import backoff_s
 
 OWNER_ANSWERS_WITHIN_S = 0.1
-_TRACE_FRAMES = 5
-_PACKAGE = str(Path(__file__).parent.parent)
 
 log = telemetry.logger("worker")
 
@@ -257,12 +252,12 @@ class Session:
 
         delivery.running = True
         served.in_flight.inc()
-        error: Exception | None = None
+        problem: Exception | None = None
         try:
             async with asyncio.timeout(served.settings.timeout_s):
                 result, state = await served.call(message, make_llm)
         except Exception as raised:  # a failed row is data: whatever a handler raises ends up in its outcome
-            error = raised
+            problem = raised
         finally:
             served.in_flight.dec()
             spent_s = time.perf_counter() - started
@@ -271,14 +266,14 @@ class Session:
         for llm in llms:
             self._account(message, llm, len(history) - made)
         # Still the owner while publishing: the answer is here, nobody else should work for it.
-        if error is not None:
-            await self._after_error(delivery, message, error, lease)
+        if problem is not None:
+            await self._after_error(delivery, message, problem, lease)
         elif isinstance(result, Next):
             message.state = state
             following = advance(message, result.role)
             body = encode(following)
             if len(body) > self._moves.limit_bytes:
-                await self._fail(delivery, message, _too_large(len(body), self._moves.limit_bytes), lease)
+                await self._fail(delivery, message, too_large(len(body), self._moves.limit_bytes), lease)
                 return
             await self._moves.move(delivery, following, body, lease)
             await self._moves.ack(delivery)
@@ -310,7 +305,7 @@ class Session:
             await self._fail(delivery, message, error, lease)
             return
         now = time.time()
-        again = retry(message, _record(error, message, now), now + backoff_s(message.attempt, error))
+        again = retry(message, describe(error, message, now), now + backoff_s(message.attempt, error))
         body = encode(again)
         if len(body) > self._moves.limit_bytes:
             await self._fail(delivery, message, error, lease)
@@ -321,14 +316,12 @@ class Session:
         served.count("retry")
 
     async def _fail(self, delivery: Delivery, message: Orchestrator, error: Exception, lease: str) -> None:
-        message.errors = [*message.errors, _record(error, message, time.time())]
+        message.errors = [*message.errors, describe(error, message, time.time())]
         if not isinstance(error, MatrixBusError):
-            log.warning("worker.handler_raised", error=repr(error), where=_user_trace(error))
-        await self._finish(delivery, message, "failed", _reason(error), lease)
+            log.warning("worker.handler_raised", error=repr(error), where=user_frames(error))
+        await self._finish(delivery, message, "failed", reason_of(error), lease)
 
-    async def _finish(
-        self, delivery: Delivery, message: Orchestrator, kind: Kind, reason: str, lease: str
-    ) -> None:
+    async def _finish(self, delivery: Delivery, message: Orchestrator, kind: Kind, reason: str, lease: str) -> None:
         record = finish(message, self.flow.name, self.record.config.trials, kind, reason, time.time())
         if await self._moves.outcome(delivery, record, lease):
             telemetry.OUTCOMES.labels(self.flow.name, kind).inc()
@@ -340,7 +333,9 @@ class Session:
         subject = hop_subject(self.record.id, delivery.role, delivery.n, delivery.hop)
         await self._moves.dead_letter(delivery, subject, str(error))
         generation = _generation(delivery.headers)
-        row = RowMessage(input=msgspec.Raw(b"null"), id=str(delivery.n), seed=0, submitted_at=0.0, generation=generation)
+        row = RowMessage(
+            input=msgspec.Raw(b"null"), id=str(delivery.n), seed=0, submitted_at=0.0, generation=generation
+        )
         message = admit(row, self.record.id, delivery.n, delivery.role, b"", time.time())
         message.hop = delivery.hop
         await self._fail(delivery, message, error, delivery.headers.get(HEADER_LEASE, ""))
@@ -382,32 +377,6 @@ class Session:
         """A restarted broker forgets delivery counts: all that is in the queue now may have been handled before."""
         self._old_until = await self._moves.last_sequence()
         self._pump.touch_all()
-
-
-def _record(error: Exception, message: Orchestrator, now: float) -> ErrorRecord:
-    text = str(error) or ("the handler's time was up" if isinstance(error, TimeoutError) else repr(error))
-    if not isinstance(error, MatrixBusError | TimeoutError):
-        text = f"{text}\n{_user_trace(error)}"
-    return ErrorRecord(type(error).__name__, text[:4000], message.role, message.hop, message.attempt, now)
-
-
-def _reason(error: Exception) -> str:
-    """A short word to count failures by."""
-    if isinstance(error, RowError):
-        return "bad_row"
-    if isinstance(error, ModelError | WorkerCrashed):
-        return type(error).__name__
-    return "timeout" if isinstance(error, TimeoutError) else f"error: {type(error).__name__}"
-
-
-def _user_trace(error: BaseException) -> str:
-    """The frames of a traceback that are not ours: a handler's mistake is in the user's own code."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_PACKAGE)]
-    return "".join(traceback.format_list(frames[-_TRACE_FRAMES:])).rstrip()
-
-
-def _too_large(size: int, limit: int) -> RowError:
-    return RowError(f"the row's message has grown to {size} bytes, the broker takes {limit}: keep less in the state")
 
 
 def _generation(headers: Mapping[str, str]) -> int:

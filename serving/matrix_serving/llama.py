@@ -95,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", required=True, help="the name to serve it by")
     parser.add_argument("--port", type=int, default=0, help="on loopback; 0: a free one")
     parser.add_argument("--parallel", type=int, default=PARALLEL, help="calls decoded at a time")
-    parser.add_argument(
-        "--ctx", type=int, default=CONTEXT_TOKENS, help="tokens of one call, prompt and answer"
-    )
+    parser.add_argument("--ctx", type=int, default=CONTEXT_TOKENS, help="tokens of one call, prompt and answer")
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--tag", default="", help="shown in /v1/models, to tell servers apart")
     args = parser.parse_args(argv)

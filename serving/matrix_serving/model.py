@@ -83,9 +83,7 @@ def _own(path: Path) -> Path:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise UsageError(
-            f"the model {path} cannot be read: {error.strerror}. Check MATRIX_BUS_MODEL"
-        ) from None
+        raise UsageError(f"the model {path} cannot be read: {error.strerror}. Check MATRIX_BUS_MODEL") from None
     if magic != b"GGUF":
         raise UsageError(f"{path} is not a GGUF file, which is what the local model server reads")
     return path.absolute()

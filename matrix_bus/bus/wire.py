@@ -1,0 +1,78 @@
+"""JetStream's own wire: replies of its API, error codes, and what an ack subject says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+from msgspec import Struct
+
+from ..errors import PublishRefused
+
+# JetStream's err_code values (server/errors.json of nats-server).
+WRONG_LAST_SEQUENCE = 10071
+NO_MESSAGE = 10037
+STREAM_NOT_FOUND = 10059
+CONSUMER_NOT_FOUND = 10014
+
+
+class PubAck(Struct):
+    """The broker's confirmation that a message is stored."""
+
+    seq: int = 0
+    duplicate: bool = False
+
+
+class Stored(Struct):
+    """A message as it lies in a stream."""
+
+    subject: str
+    seq: int
+    headers: Mapping[str, str]
+    data: bytes
+
+
+class ApiError(Struct):
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
+class PubReply(Struct):
+    seq: int = 0
+    duplicate: bool = False
+    error: ApiError | None = None
+
+
+class GotMessage(Struct):
+    subject: str
+    seq: int
+    data: str = ""
+    hdrs: str = ""
+
+
+class GetReply(Struct):
+    message: GotMessage | None = None
+    error: ApiError | None = None
+
+
+pub_reply = msgspec.json.Decoder(PubReply)
+get_reply = msgspec.json.Decoder(GetReply)
+
+
+def is_lost_race(error: PublishRefused) -> bool:
+    """True if the fence or the guard refused: the subject has moved on since the sequence that was expected."""
+    return error.code == WRONG_LAST_SEQUENCE
+
+
+def delivery_facts(ack_subject: str) -> tuple[int, int]:
+    """(deliveries so far, stream sequence) from a delivered message's ack subject, either of its two forms."""
+    tokens = ack_subject.split(".")
+    start = 4 if len(tokens) == 9 else 6
+    return int(tokens[start]), int(tokens[start + 1])
+
+
+def parse_headers(raw: bytes) -> dict[str, str]:
+    """Name to value, from a stored message's header block."""
+    lines = raw.decode("utf-8", "replace").split("\r\n")[1:]
+    return {name: value.strip() for name, sep, value in (line.partition(":") for line in lines) if sep}

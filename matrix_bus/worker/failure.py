@@ -1,0 +1,53 @@
+"""What a handler's failure means: how it is recorded, what it is counted as, how long until the next attempt."""
+
+from __future__ import annotations
+
+import random
+import traceback
+from pathlib import Path
+
+from ..errors import MatrixBusError, ModelError, RateLimited, RowError, WorkerCrashed
+from ..orchestrator import ErrorRecord, Orchestrator
+
+_TRACE_FRAMES = 5
+_PACKAGE = str(Path(__file__).parent.parent)
+_FIRST_S, _LONGEST_S = 1.0, 60.0
+
+
+def backoff_s(attempt: int, error: Exception) -> float:
+    """Seconds to wait after the `attempt`-th call failed: doubling, with full jitter, or what the server asked for.
+
+    Full jitter as in "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015): waiting rows must not come
+    back as one wave.
+    """
+    if isinstance(error, RateLimited) and error.retry_after_s is not None:
+        return error.retry_after_s * random.uniform(1.0, 1.25)
+    return random.uniform(0.1, min(_LONGEST_S, _FIRST_S * 2.0 ** (attempt - 1)))
+
+
+def describe(error: Exception, message: Orchestrator, now: float) -> ErrorRecord:
+    """What the outcome will say about it: for a defect of a handler with the user's frames."""
+    text = str(error) or ("the handler's time was up" if isinstance(error, TimeoutError) else repr(error))
+    if not isinstance(error, MatrixBusError | TimeoutError):
+        text = f"{text}\n{user_frames(error)}"
+    return ErrorRecord(type(error).__name__, text[:4000], message.role, message.hop, message.attempt, now)
+
+
+def reason_of(error: Exception) -> str:
+    """A short word to count failures by."""
+    if isinstance(error, RowError):
+        return "bad_row"
+    if isinstance(error, ModelError | WorkerCrashed):
+        return type(error).__name__
+    return "timeout" if isinstance(error, TimeoutError) else f"error: {type(error).__name__}"
+
+
+def user_frames(error: BaseException) -> str:
+    """The frames of a traceback that are not ours: a handler's mistake is in the user's own code."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_PACKAGE)]
+    return "".join(traceback.format_list(frames[-_TRACE_FRAMES:])).rstrip()
+
+
+def too_large(size: int, limit: int) -> RowError:
+    """The error of a row that has outgrown the broker's messages; sizes in bytes."""
+    return RowError(f"the row's message has grown to {size} bytes, the broker takes {limit}: keep less in the state")
