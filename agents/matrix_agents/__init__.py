@@ -1,0 +1,1 @@
+"""Workflows that come with matrix-bus, written against its public names alone."""

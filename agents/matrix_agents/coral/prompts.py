@@ -1,0 +1,62 @@
+"""What the agents and the extractor are told. The beginning of a conversation stays the same from turn to turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matrix_bus as mb
+
+from .answers import LETTERS
+from .state import Discussion, Turn
+
+_CLOSE = "End with one line: The answer is (X). X is the letter of an option."
+
+_AGENTS = {
+    "solver": (
+        "You solve multiple-choice questions together with a reviewer. Think step by step, in a few short sentences, "
+        f"and take objections seriously: keep your answer only if you can defend it. {_CLOSE}"
+    ),
+    "reviewer": (
+        "You review a colleague's answer to a multiple-choice question. Work the question out yourself, say where the "
+        f"colleague's reasoning is wrong or why it is right, and do not agree out of politeness. {_CLOSE}"
+    ),
+}
+
+_EXTRACT = (
+    "You read a message about a multiple-choice question and report which option its author chooses. "
+    "Reply with the letter in parentheses, such as (A), and nothing else. "
+    "If the author has not settled on an option, reply: not sure yet"
+)
+
+
+def question_text(state: Discussion) -> str:
+    """The question with its options, one per line, lettered from A."""
+    options = "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, state.options, strict=False))
+    return f"{state.question}\n{options}"
+
+
+def conversation(agent: str, state: Discussion) -> list[mb.Message]:
+    """The discussion as `agent` sees it: its own messages are the assistant's, the other's are the user's."""
+    messages = [mb.system(_AGENTS[agent])]
+    heard = [question_text(state)]
+    for turn in state.coral_turns:
+        if turn.agent == agent:
+            messages += [mb.user("\n\n".join(heard)), mb.assistant(turn.text)]
+            heard = []
+        else:
+            heard.append(f"Your colleague says:\n{turn.text}")
+    return [*messages, mb.user("\n\n".join(heard))]
+
+
+def extraction(state: Discussion, turn: Turn) -> list[mb.Message]:
+    """What the extractor is asked about the last message."""
+    letters = ", ".join(f"({letter})" for letter in LETTERS[: len(state.options)])
+    return [
+        mb.system(_EXTRACT),
+        mb.user(f"The options are {letters}.\n\nThe message:\n{turn.text}\n\nWhich option does its author choose?"),
+    ]
+
+
+def speakers(turns: Sequence[Turn]) -> str:
+    """Whose turn is next."""
+    return "solver" if not turns or turns[-1].agent == "reviewer" else "reviewer"
