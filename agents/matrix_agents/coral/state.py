@@ -23,7 +23,7 @@ class Discussion(mb.State):
     options: list[str]
     answer: str | None = None
     """The right letter, if the dataset knows it; the agents never see it."""
-    coral_turns: list[Turn] = []
+    coral_turns: list[Turn] = msgspec.field(default_factory=list)
     coral_agreed: str | None = None
     """The letter on which both agents agree."""
 
