@@ -17,13 +17,13 @@ from .errors import ConfigError
 
 T = TypeVar("T")
 Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0, le=30 * 86_400)]
 
 
 class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """Sampling parameters of a model call, by their OpenAI names. None means: not sent."""
 
-    temperature: Annotated[float, Meta(ge=0)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     max_tokens: Positive | None = None
     stop: list[str] | None = None
@@ -86,7 +86,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     trials: Positive = 1
     """How often each line is run, each with a seed of its own."""
     seed: int = 0
-    ack_wait_s: Annotated[float, Meta(ge=1)] = 30.0
+    ack_wait_s: Annotated[float, Meta(ge=1, le=86_400)] = 30.0
     """After this long without a heartbeat, a hop is given to another worker."""
 
     def role(self, name: str) -> RoleConfig:
@@ -102,6 +102,7 @@ def compose(overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
 
     Raises `ConfigError` that names the path, what was expected and what was found.
     """
+    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -111,12 +112,28 @@ def compose(overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
     try:
         merged = OmegaConf.merge(OmegaConf.create(dict(base or {})), OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"these settings cannot be read: {' '.join(overrides)}: {error}") from None
     assert isinstance(plain, dict)
     models = plain.get("llm", {}).get("models") if isinstance(plain.get("llm"), dict) else None
     if isinstance(models, dict):
         models.setdefault("default", {})
+    config = _parse_run(plain)
+    if msgspec.json.decode(msgspec.json.encode(config), type=RunConfig) != config:
+        raise ConfigError(
+            f"these settings cannot be stored as JSON (an infinity, or not a number?): {' '.join(overrides)}"
+        )
+    return config
+
+
+def _parse_run(plain: dict[Any, Any]) -> RunConfig:
+    """Entries by name first, so that an error's path says which one."""
+    for at, kind in (("llm.models", ModelConfig), ("roles", RoleConfig)):
+        section: Any = plain
+        for word in at.split("."):
+            section = section.get(word) if isinstance(section, dict) else None
+        for name, entry in section.items() if isinstance(section, dict) else ():
+            parse(entry, kind, f"{at}.{name}")
     return parse(plain, RunConfig)
 
 
@@ -135,26 +152,15 @@ def _explain(message: str, kind: type, at: str) -> str:
     hint = ""
     if "unknown field" in what:
         found = what.rsplit("`", 2)[-2]
-        names = sorted(_field_names(kind))
-        near = difflib.get_close_matches(found, names, n=1)
+        near = difflib.get_close_matches(found, _fields_at(kind, path), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"setting at {where}: {what}{hint}"
 
 
-def _field_names(kind: type) -> set[str]:
-    seen: set[str] = set()
-    todo: list[Any] = [kind]
-    while todo:
-        info = msgspec.inspect.type_info(todo.pop())
-        for part in [info, *getattr(info, "types", ()), getattr(info, "value_type", None)]:
-            if isinstance(part, msgspec.inspect.StructType) and part.cls.__name__ not in seen:
-                seen.add(part.cls.__name__)
-                seen.update(f.encode_name for f in part.fields)
-                todo.extend(f.type.cls for f in part.fields if isinstance(f.type, msgspec.inspect.StructType))
-                todo.extend(
-                    f.type.value_type.cls
-                    for f in part.fields
-                    if isinstance(f.type, msgspec.inspect.DictType)
-                    and isinstance(f.type.value_type, msgspec.inspect.StructType)
-                )
-    return seen
+def _fields_at(kind: type, path: str) -> list[str]:
+    """Names of the fields of the struct that lies at `path` within `kind`."""
+    info: Any = msgspec.inspect.type_info(kind)
+    for word in filter(None, path.split(".")):
+        fields = {field.encode_name: field.type for field in getattr(info, "fields", ())}
+        info = fields.get(word)
+    return [field.encode_name for field in getattr(info, "fields", ())]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +16,7 @@ import msgspec
 import zstandard
 from msgspec import Raw, Struct
 
-from .errors import DatasetError
+from .errors import DatasetError, RowError
 
 MAX_LINE_BYTES = 64 << 20
 """Longer lines are rejected unread: one of them must not take the process down."""
@@ -43,29 +44,33 @@ class Rejected(Struct, frozen=True):
 
 
 class _Head(Struct):
-    id: Raw | None = None
+    id: Raw = Raw(b"null")
 
 
 _decode_head = msgspec.json.Decoder(_Head)
-_decode_id = msgspec.json.Decoder(str | int)
+_decode_id = msgspec.json.Decoder(str | int | None)
 
 
-def read(path: str) -> Iterator[Line | Rejected]:
+Check = Callable[[bytes], object]
+"""Raises `RowError` for a line that the workflow cannot take."""
+
+
+def read(path: str, check: Check = lambda _: None) -> Iterator[Line | Rejected]:
     """The lines of a JSONL file (`.zst` is decompressed, `-` is stdin), in order.
 
-    Raises `DatasetError` if the file cannot be read at all.
+    Raises `DatasetError` if the file cannot be read at all, or only in part.
     """
     number = 0
     try:
         with _open(path) as file:
             for at, raw in enumerate(_lines(file), start=1):
-                body = raw.strip()
+                body = (raw.removeprefix(codecs.BOM_UTF8) if at == 1 else raw).strip()
                 if not body:
                     continue
                 if len(body) >= MAX_LINE_BYTES:
                     yield Rejected(at, f"longer than {MAX_LINE_BYTES >> 20} MiB", _excerpt(body))
                 else:
-                    yield _parse(at, number, body)
+                    yield _parse(at, number, body, check)
                 number += 1
     except (OSError, zstandard.ZstdError, EOFError) as error:
         raise DatasetError(f"cannot read {path}: {error}") from None
@@ -73,18 +78,25 @@ def read(path: str) -> Iterator[Line | Rejected]:
         raise DatasetError(f"{path} has no rows: a dataset is one JSON object per line")
 
 
-def _parse(at: int, number: int, body: bytes) -> Line | Rejected:
+def _parse(at: int, number: int, body: bytes, check: Check) -> Line | Rejected:
     try:
         body.decode()
         head = _decode_head.decode(body)
-        identity = str(_decode_id.decode(head.id)) if head.id is not None else str(number)
     except UnicodeDecodeError as error:
         return Rejected(at, f"not UTF-8: {error.reason} at byte {error.start}", _excerpt(body))
     except RecursionError:
         return Rejected(at, "nested too deeply", _excerpt(body))
     except msgspec.DecodeError as error:
         return Rejected(at, f"not a JSON object: {error}", _excerpt(body))
-    return Line(number, body, identity)
+    try:
+        identity = _decode_id.decode(head.id)
+    except msgspec.DecodeError as error:
+        return Rejected(at, f"the id must be a text or a whole number: {error}", _excerpt(body))
+    try:
+        check(body)
+    except RowError as error:
+        return Rejected(at, str(error), _excerpt(body))
+    return Line(number, body, str(number if identity is None else identity))
 
 
 def _excerpt(body: bytes) -> str:
@@ -108,10 +120,39 @@ def _open(path: str) -> Iterator[IO[bytes]]:
         raise DatasetError(f"{path} is a folder: name a file")
     with open(path, "rb") as file:
         if path.endswith(".zst"):
-            with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
-                yield io.BufferedReader(stream)
+            yield io.BufferedReader(_Zstd(file), 1 << 20)
         else:
             yield file
+
+
+class _Zstd(io.RawIOBase):
+    """Decompressed frames of a file. zstandard's own reader takes a file that is cut off for one that has ended."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._begun = False
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        while not self._ready:
+            block = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._begun = zstandard.ZstdDecompressor().decompressobj(), False
+            block = block or self._file.read(1 << 18)
+            if not block:
+                if self._begun:
+                    raise EOFError("the file ends inside a zstd frame: it is cut off")
+                return 0
+            self._begun = True
+            self._ready = self._frame.decompress(block)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
 
 
 def fingerprint(path: str) -> str:
@@ -149,30 +190,33 @@ class Output:
     def __init__(self, path: Path, run: str) -> None:
         self.path = path
         self._mark_path = path.with_name(path.name + ".progress")
-        self._mark = self._read_mark(run)
         self.kept: Path | None = None
         """Where an earlier file of another run was moved to."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self._mark.size_bytes == 0 and path.exists() and path.stat().st_size and not self._unfinished(run):
-            self.kept = _free_name(path)
-            path.rename(self.kept)
-        self._file = open(path, "ab")  # noqa: SIM115 - closed by finish() and close()
-        self._file.truncate(self._mark.size_bytes)
+        mark = self._read_mark()
+        if path.is_dir():
+            raise DatasetError(f"{path} is a folder: name a file for the output")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = path.stat().st_size if path.exists() else 0
+            ours = mark is not None and mark.run == run
+            if size and not ours:
+                self.kept = _free_name(path)
+                path.rename(self.kept)
+            # A file that is shorter than its mark was replaced by somebody: begin anew.
+            self._mark = mark if mark is not None and ours and size >= mark.size_bytes else _Mark(run, 1, 0, 0)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by finish() and close()
+            self._file.truncate(self._mark.size_bytes)
+        except OSError as error:
+            raise DatasetError(f"cannot write {path}: {error}") from None
         self._compressor = zstandard.ZstdCompressor(level=3) if path.name.endswith(".zst") else None
         self._buffer: list[bytes] = []
         self._write_mark()
 
-    def _unfinished(self, run: str) -> bool:
-        return self._mark_path.exists() and self._mark.run == run
-
-    def _read_mark(self, run: str) -> _Mark:
-        fresh = _Mark(run, 1, 0, 0)
+    def _read_mark(self) -> _Mark | None:
         try:
-            mark = msgspec.json.decode(self._mark_path.read_bytes(), type=_Mark)
-            whole = self.path.stat().st_size >= mark.size_bytes
-        except (OSError, msgspec.DecodeError):
-            return fresh
-        return mark if whole and mark.run == run else fresh
+            return msgspec.json.decode(self._mark_path.read_bytes(), type=_Mark)
+        except (OSError, ValueError, RecursionError):  # none, or not one of ours
+            return None
 
     @property
     def next_seq(self) -> int:
@@ -195,12 +239,13 @@ class Output:
             return
         block = b"\n".join(self._buffer) + b"\n"
         try:
-            self._file.write(self._compressor.compress(block) if self._compressor else block)
-            self._file.flush()
+            left = memoryview(self._compressor.compress(block) if self._compressor else block)
+            while left:
+                left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
         except OSError as error:
             raise DatasetError(f"cannot write {self.path}: {error}; nothing is lost, collect again") from None
-        self._mark.size_bytes = self._file.tell()
+        self._mark.size_bytes = os.fstat(self._file.fileno()).st_size
         self._mark.lines += len(self._buffer)
         self._buffer.clear()
         self._write_mark()

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Meta, Raw, Struct
 
 from .errors import RowError
 
@@ -113,9 +113,9 @@ class RowMessage(Struct, omit_defaults=True):
 
     input: Raw
     id: str
-    seed: int
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     submitted_at: float
-    generation: int = 0
+    generation: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     schema: int = SCHEMA
 
 
@@ -202,6 +202,17 @@ _outcome_from_json = msgspec.json.Decoder(OutcomeRecord)
 
 _NULL = Raw(b"null")
 
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises at bytes from outside; RecursionError at a bomb of brackets."""
+
+TEXT_LIMIT = 4000
+"""Longest reason or error message on record, in characters."""
+
+
+def clean(text: str, limit: int = TEXT_LIMIT) -> str:
+    """`text` as it can be encoded and stored: cut, and without the lone surrogates of undecodable file names."""
+    return text[:limit].encode("utf-8", "replace").decode()
+
 
 def encode(message: Orchestrator | RowMessage | OutcomeRecord) -> bytes:
     """The bytes that travel."""
@@ -212,7 +223,7 @@ def decode(body: bytes) -> Orchestrator:
     """A hop's message. Raises `RowError` if it is not one, or of a newer schema."""
     try:
         message = _unpack.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise RowError(f"the message is not an orchestrator: {error}") from None
     _check_schema(message.schema)
     return message
@@ -222,18 +233,20 @@ def decode_row(body: bytes) -> RowMessage:
     """A row message. Raises `RowError` if it is not one, or of a newer schema."""
     try:
         message = _row_from_json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise RowError(f"the message is not a row: {error}") from None
     _check_schema(message.schema)
     return message
 
 
 def decode_outcome(body: bytes) -> OutcomeRecord:
-    """An outcome. Raises `RowError` if it is not one."""
+    """An outcome. Raises `RowError` if it is not one, or of a newer schema."""
     try:
-        return _outcome_from_json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        record = _outcome_from_json.decode(body)
+    except UNREADABLE as error:
         raise RowError(f"the line is not an outcome: {error}") from None
+    _check_schema(record.schema)
+    return record
 
 
 def _check_schema(schema: int) -> None:
@@ -306,7 +319,7 @@ def finish(message: Orchestrator, workflow: str, trials: int, kind: Kind, reason
         seed=message.seed,
         input=Raw(message.input) if message.input else _NULL,
         outcome=kind,
-        reason=reason,
+        reason=clean(reason),
         state=Raw(message.state) if message.state else _NULL,
         history=[Raw(call) for call in message.history],
         usage=total,
@@ -334,5 +347,9 @@ def encode_fitting(record: OutcomeRecord, limit_bytes: int) -> bytes:
             body = encode(record)
     if len(body) > limit_bytes:
         record = msgspec.structs.replace(record, errors=record.errors[-1:], id=record.id[:1000])
+        body = encode(record)
+    if len(body) > limit_bytes:
+        errors = [msgspec.structs.replace(e, type=e.type[:200], message=e.message[:1000]) for e in record.errors[-1:]]
+        record = msgspec.structs.replace(record, errors=errors, reason=record.reason[:1000], usage_by_role={})
         body = encode(record)
     return body

@@ -25,7 +25,7 @@ from .agent import Workflow
 from .bus import Bus, Stored, is_lost_race
 from .config import RunConfig
 from .dataset import Line, Output, Rejected, write_json
-from .errors import BusError, BusTimeout, BusUnavailable, MatrixBusError, PublishRefused, RowError, RunError
+from .errors import BusError, BusTimeout, BusUnavailable, MatrixBusError, PublishRefused, RunError
 from .orchestrator import (
     OutcomeRecord,
     RowMessage,
@@ -112,14 +112,13 @@ async def submit(
     record: RunRecord,
     lines: Iterable[Line | Rejected],
     *,
-    check: Callable[[bytes], Any] | None = None,
     on_reject: Callable[[Rejected], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Submitted:
     """Publishes every line `trials` times, then seals the run with its total.
 
     A row that is in the run already is refused by its fence, so an interrupted submission is simply repeated.
-    `check` raises `RowError` for a line that the workflow cannot take. Raises `BusError` if the broker refuses.
+    Raises `BusError` if the broker refuses.
     """
     started = time.monotonic()
     trials, seed = record.config.trials, record.config.seed
@@ -134,8 +133,6 @@ async def submit(
 
     async with _unwrapped_group() as group:
         for line in lines:
-            if isinstance(line, Line) and check is not None:
-                line = _checked(line, check)  # noqa: PLW2901 - the line, or why it is none
             if isinstance(line, Rejected):
                 rejected += 1
                 on_reject(line)
@@ -167,14 +164,6 @@ async def _unwrapped_group() -> AsyncIterator[asyncio.TaskGroup]:
             yield group
     except* MatrixBusError as errors:
         raise errors.exceptions[0] from None
-
-
-def _checked(line: Line, check: Callable[[bytes], Any]) -> Line | Rejected:
-    try:
-        check(line.body)
-    except RowError as error:
-        return Rejected(line.number + 1, str(error), line.body[:200].decode("utf-8", "replace"))
-    return line
 
 
 async def _publish_row(bus: Bus, run: str, n: int, body: bytes) -> None:

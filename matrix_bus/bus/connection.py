@@ -7,6 +7,7 @@ import base64
 import contextlib
 import itertools
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..errors import (
     PublishRefused,
 )
 from ..telemetry import logger
-from .wire import NO_MESSAGE, PubAck, Stored, get_reply, parse_headers, pub_reply
+from .wire import NO_MESSAGE, PubAck, Stored, get_reply, get_sequence_reply, parse_headers, pub_reply
 
 OLDEST_SERVER = (2, 12)
 """Batched direct get and per-subject fences with wildcards need it; what is tested is 2.15."""
@@ -55,6 +56,8 @@ class Bus:
         self._batches: dict[str, asyncio.Queue[Msg | None]] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self._closing = False
+        # Kept, since asking for the running loop costs a system call in Python 3.11, some five times a hop.
+        self._loop = asyncio.get_running_loop()
 
     @classmethod
     async def connect(cls, url: str, *, name: str = "matrix-bus", timeout_s: float = 5.0) -> Bus:
@@ -169,10 +172,9 @@ class Bus:
         """One request, one reply. Raises `BusTimeout` if none comes, also when nobody listens."""
         if not self._up.is_set():
             await self._up.wait()
-        loop = asyncio.get_running_loop()
         token = str(next(self._tokens))
-        future: asyncio.Future[Msg] = loop.create_future()
-        self._waiting[token] = (future, loop.time() + timeout_s)
+        future: asyncio.Future[Msg] = self._loop.create_future()
+        self._waiting[token] = (future, time.monotonic() + timeout_s)
         try:
             await self.send(subject, body, headers, reply=self._inbox + token)
             reply = await future
@@ -225,6 +227,16 @@ class Bus:
         found = reply.message
         headers = parse_headers(base64.b64decode(found.hdrs)) if found.hdrs else {}
         return Stored(found.subject, found.seq, headers, base64.b64decode(found.data))
+
+    async def last_of(self, stream: str, subject: str) -> int:
+        """Sequence of the stream's last message on `subject` (wildcards allowed), 0 if there is none."""
+        body = b'{"last_by_subj":"%b"}' % subject.encode()
+        reply = get_sequence_reply.decode((await self.call(f"$JS.API.STREAM.MSG.GET.{stream}", body)).data)
+        if reply.message is not None:
+            return reply.message.seq
+        if reply.error is not None and reply.error.err_code != NO_MESSAGE:
+            raise PublishRefused(stream, reply.error.err_code, reply.error.description)
+        return 0
 
     async def last_sequence(self, stream: str) -> int:
         """Sequence of the stream's newest message, 0 if it never had one."""
@@ -333,10 +345,9 @@ class Bus:
 
     async def _sweep(self) -> None:
         """One timer for all calls: a timer each costs more than the call."""
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_SWEEP_S)
-            now = loop.time()
+            now = time.monotonic()
             for future, deadline in list(self._waiting.values()):
                 if deadline < now and not future.done():
                     future.set_exception(BusTimeout("the broker did not confirm in time"))

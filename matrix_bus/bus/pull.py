@@ -7,7 +7,7 @@ is subtracted again.
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +57,7 @@ class Lane:
 
     def room(self, wanted: int) -> int:
         """How many more to ask for so that `wanted` are under way. Forgets requests that the broker has lost."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         if self._epoch != self._bus.epoch or (self.outstanding and now - self._heard_at > 2 * HEARTBEAT_S):
             self._epoch = self._bus.epoch
             self.outstanding = 0
@@ -68,13 +68,13 @@ class Lane:
     async def ask(self, count: int) -> None:
         """Requests `count` more messages."""
         self.outstanding += count
-        self._heard_at = asyncio.get_running_loop().time()
+        self._heard_at = time.monotonic()
         body = {"batch": count, "expires": int(EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
         await self._bus.send(self._subject, msgspec.json.encode(body), reply=self._inbox)
 
     async def _receive(self, message: Msg) -> None:
         headers = message.headers
-        self._heard_at = asyncio.get_running_loop().time()
+        self._heard_at = time.monotonic()
         if headers is not None and not message.data and "Status" in headers:
             self._status(headers)
             return
@@ -93,4 +93,4 @@ class Lane:
             self.gone = True
             return
         # 409 (leader change, shutdown, too many waiting) and 503 (not ready yet): ask again a little later.
-        self._not_before = asyncio.get_running_loop().time() + _BACKOFF_S
+        self._not_before = time.monotonic() + _BACKOFF_S

@@ -57,6 +57,20 @@ class GetReply(Struct):
 
 
 pub_reply = msgspec.json.Decoder(PubReply)
+
+
+class GotSequence(Struct):
+    """The same reply without what it costs to decode."""
+
+    seq: int
+
+
+class GetSequenceReply(Struct):
+    message: GotSequence | None = None
+    error: ApiError | None = None
+
+
+get_sequence_reply = msgspec.json.Decoder(GetSequenceReply)
 get_reply = msgspec.json.Decoder(GetReply)
 
 

@@ -239,7 +239,7 @@ class _Job:
 
 async def _start(bus: Bus, job: _Job) -> RunRecord:
     """Opens the run and submits the dataset to it."""
-    lines = dataset.read(job.data)
+    lines = dataset.read(job.data, check=job.flow.begin)
     first = next(lines)  # an unreadable file must not leave an empty run behind
     record = run.new_record(job.flow, job.config, run=job.run_id, dataset=job.dataset_name)
     record = await run.open_run(bus, record)
@@ -252,7 +252,6 @@ async def _start(bus: Bus, job: _Job) -> RunRecord:
         bus,
         record,
         itertools.chain([first], lines),
-        check=job.flow.begin,
         on_reject=rejects.add,
         on_progress=lambda n: line.show(f"{n} rows submitted"),
     )

@@ -7,11 +7,11 @@ import traceback
 from pathlib import Path
 
 from ..errors import MatrixBusError, ModelError, RateLimited, RowError, WorkerCrashed
-from ..orchestrator import ErrorRecord, Orchestrator
+from ..orchestrator import ErrorRecord, Orchestrator, clean
 
 _TRACE_FRAMES = 5
 _PACKAGE = str(Path(__file__).parent.parent)
-_FIRST_S, _LONGEST_S = 1.0, 60.0
+_FIRST_S, _LONGEST_S, _LONGEST_ASKED_S = 1.0, 60.0, 3600.0
 
 
 def backoff_s(attempt: int, error: Exception) -> float:
@@ -21,8 +21,8 @@ def backoff_s(attempt: int, error: Exception) -> float:
     back as one wave.
     """
     if isinstance(error, RateLimited) and error.retry_after_s is not None:
-        return error.retry_after_s * random.uniform(1.0, 1.25)
-    return random.uniform(0.1, min(_LONGEST_S, _FIRST_S * 2.0 ** (attempt - 1)))
+        return min(_LONGEST_ASKED_S, error.retry_after_s) * random.uniform(1.0, 1.25)
+    return random.uniform(0.1, min(_LONGEST_S, _FIRST_S * 2.0 ** min(attempt - 1, 10)))
 
 
 def describe(error: Exception, message: Orchestrator, now: float) -> ErrorRecord:
@@ -30,7 +30,7 @@ def describe(error: Exception, message: Orchestrator, now: float) -> ErrorRecord
     text = str(error) or ("the handler's time was up" if isinstance(error, TimeoutError) else repr(error))
     if not isinstance(error, MatrixBusError | TimeoutError):
         text = f"{text}\n{user_frames(error)}"
-    return ErrorRecord(type(error).__name__, text[:4000], message.role, message.hop, message.attempt, now)
+    return ErrorRecord(type(error).__name__, clean(text), message.role, message.hop, message.attempt, now)
 
 
 def reason_of(error: Exception) -> str:

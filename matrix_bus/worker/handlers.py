@@ -83,7 +83,13 @@ class Caller:
         if role.mode == "process":
             config = msgspec.json.encode(self._config)
             result, state = await self._executors.in_process(
-                _call_in_process, self._flow.spec, role.name, encode(message), self._trials, config
+                _call_in_process,
+                self._flow.spec,
+                self._flow.code_hash,
+                role.name,
+                encode(message),
+                self._trials,
+                config,
             )
         else:
             row: Row[Any] = Row(message, self._flow.decode_state(message.state), self._trials)
@@ -107,9 +113,13 @@ class Caller:
         return result, state
 
 
-def _call_in_process(spec: str, role_name: str, body: bytes, trials: int, config_json: bytes) -> tuple[Any, bytes]:
+def _call_in_process(
+    spec: str, code_hash: str, role_name: str, body: bytes, trials: int, config_json: bytes
+) -> tuple[Any, bytes]:
     """In the child: loads the workflow once, then calls the handler like any other."""
     flow = load_workflow(spec)
+    if flow.code_hash != code_hash:
+        raise HandlerError(f"{spec} was edited after this worker had loaded it: restart the worker")
     message = decode(body)
     row: Row[Any] = Row(message, flow.decode_state(message.state), trials)
     config = flow.parse_config(msgspec.json.decode(config_json) or {})

@@ -40,7 +40,10 @@ class Wheel:
             if not self._bus.connected:
                 continue
             try:
-                for delivery in tuple(self._spokes[self._at]):
+                spoke = self._spokes[self._at]
+                for delivery in tuple(spoke):
+                    if delivery not in spoke:  # settled while the one before was sent: a NAK must be the last word
+                        continue
                     await self._bus.working(delivery.ack_subject)
                     delivery.beat_at = time.monotonic()
             except BusError:

@@ -63,12 +63,12 @@ class Moves:
 
     async def is_last(self, delivery: Delivery) -> bool:
         """True if the delivery is the newest message of its row: nobody has moved the row on."""
-        last = await self._patiently(lambda: self._bus.last(self._work, family(self._run, delivery.n)))
-        return last is not None and last.seq == delivery.seq
+        last = await self._patiently(lambda: self._bus.last_of(self._work, family(self._run, delivery.n)))
+        return last == delivery.seq
 
     async def has_outcome(self, n: int, generation: int) -> bool:
         subject = outcome_subject(self._run, n, generation)
-        return await self._patiently(lambda: self._bus.last(self._outcomes, subject)) is not None
+        return await self._patiently(lambda: self._bus.last_of(self._outcomes, subject)) != 0
 
     async def move(self, delivery: Delivery, message: Orchestrator, body: bytes, lease: str) -> bool:
         """Publishes the row's next message. True if it is stored, False if somebody else had moved the row on."""

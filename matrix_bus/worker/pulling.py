@@ -24,20 +24,24 @@ class Pool:
     """Deliveries held, from arrival to settling, retries that wait for their time not counted."""
     lanes: dict[Lane, float] = field(default_factory=dict)
     """Each with the time of its last message."""
+    _first: int = 0
 
     def asks(self, now: float) -> list[tuple[Lane, int]]:
-        """(lane, messages to ask for), so that what is under way fills the free slots."""
-        free = self.capacity - self.busy
-        active = sum(now - at < _IDLE_AFTER_S for at in self.lanes.values())
-        share = max(1, free // max(1, active))
+        """(lane, messages to ask for), so that what is under way fills the free slots and never more."""
+        free = self.capacity - self.busy - sum(lane.outstanding for lane in self.lanes)
+        active = [lane for lane, heard_at in self.lanes.items() if now - heard_at < _IDLE_AFTER_S]
+        idle = [lane for lane in self.lanes if lane not in active]
+        self._first = (self._first + 1) % len(self.lanes) if self.lanes else 0
+        idle = idle[self._first :] + idle[: self._first]  # where slots are few, each lane is first in its turn
         result = []
-        for lane, heard_at in self.lanes.items():
-            wanted = share if active == 0 or now - heard_at < _IDLE_AFTER_S else min(share, _IDLE_ASK)
-            if active == 0:
-                wanted = max(1, share // len(self.lanes))
-            room = lane.room(wanted)
-            if free > 0 and room > 0 and (room * 2 >= wanted or lane.outstanding == 0):
+        spare = self.capacity - self.busy
+        shares = [(lane, max(1, spare // len(active))) for lane in active]
+        most = _IDLE_ASK if active else max(1, spare // max(1, len(idle)))
+        for lane, wanted in [*((lane, min(most, spare)) for lane in idle), *shares]:
+            room = min(lane.room(wanted), free)
+            if room > 0 and (room * 2 >= wanted or lane.outstanding == 0):
                 result.append((lane, room))
+                free -= room
         return result
 
 

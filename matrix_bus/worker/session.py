@@ -93,6 +93,7 @@ class Session:
         """By stream sequence."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._loop = asyncio.get_running_loop()
         self._lanes: dict[str, Lane] = {}
         self._stack = contextlib.AsyncExitStack()
         config = flow.parse_config(record.config.workflow)
@@ -152,7 +153,7 @@ class Session:
             held.beat_at = delivery.beat_at
             return
         work = self._admit if delivery.role == LEASE_ROLE else self._hop
-        task = asyncio.create_task(self._settle(delivery, work))
+        task = self._loop.create_task(self._settle(delivery, work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

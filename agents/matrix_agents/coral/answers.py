@@ -11,19 +11,19 @@ from .state import Turn
 LETTERS = string.ascii_uppercase
 
 _PARENTHESISED = re.compile(r"\(\s*([A-Z])\s*\)")
-_ALONE = re.compile(r"^\W*([A-Z])\W*$")
+_LABEL = re.compile(r"^\W*([A-Z])(?:[).:]|\W*$)")
 _PHRASE = re.compile(r"\banswer(?:\s+is)?\s*:?\s*([A-Z])\b", re.IGNORECASE)
 
 
 def parse_answer(reply: str, options: int) -> str | None:
     """The letter that an extractor's reply names, or None for "not sure yet".
 
-    The first parenthesised letter counts; else a letter that stands alone; else one after "answer is". A letter
-    beyond the options does not count, nor does a reply that says that it is not sure before it names one.
+    The first parenthesised letter counts; else one that the reply begins with, as a label; else one after "answer
+    is". A letter beyond the options does not count, nor does a reply that says "not sure" before it names one.
     """
     valid = LETTERS[:options]
     unsure = reply.lower().find("not sure")
-    for pattern in (_PARENTHESISED, _ALONE, _PHRASE):
+    for pattern in (_PARENTHESISED, _LABEL, _PHRASE):
         for match in pattern.finditer(reply):
             letter = match[1].upper()
             if letter in valid:

@@ -23,9 +23,13 @@ _AGENTS = {
 }
 
 _EXTRACT = (
-    "You read a message about a multiple-choice question and report which option its author chooses. "
-    "Reply with the letter in parentheses, such as (A), and nothing else. "
-    "If the author has not settled on an option, reply: not sure yet"
+    "Report which option the author of a message chooses. Reply with its letter in parentheses and nothing else. "
+    "If the author has not chosen one, reply: not sure yet"
+)
+# Two examples say more to a small model than a longer instruction; they are a prefix that every call shares.
+_EXAMPLES = (
+    ("Adding both lengths gives 14, which is the second option. The answer is (B).", "(B)"),
+    ("It could be the first or the third. I have to think about it again.", "not sure yet"),
 )
 
 
@@ -48,13 +52,10 @@ def conversation(agent: str, state: Discussion) -> list[mb.Message]:
     return [*messages, mb.user("\n\n".join(heard))]
 
 
-def extraction(state: Discussion, turn: Turn) -> list[mb.Message]:
-    """What the extractor is asked about the last message."""
-    letters = ", ".join(f"({letter})" for letter in LETTERS[: len(state.options)])
-    return [
-        mb.system(_EXTRACT),
-        mb.user(f"The options are {letters}.\n\nThe message:\n{turn.text}\n\nWhich option does its author choose?"),
-    ]
+def extraction(turn: Turn) -> list[mb.Message]:
+    """What the extractor is asked about a message."""
+    shown = [message for text, letter in _EXAMPLES for message in (mb.user(f"Message:\n{text}"), mb.assistant(letter))]
+    return [mb.system(_EXTRACT), *shown, mb.user(f"Message:\n{turn.text}")]
 
 
 def speakers(turns: Sequence[Turn]) -> str:

@@ -50,7 +50,7 @@ async def _speak(agent: str, row: mb.Row[Discussion], llm: mb.LLM) -> mb.Next:
 async def extractor(row: mb.Row[Discussion], llm: mb.LLM) -> mb.Next:
     """Finds the answer letter in the last message, with a model, since people and models do not keep to forms."""
     turn = row.state.coral_turns[-1]
-    reply = await llm.chat(extraction(row.state, turn))
+    reply = await llm.chat(extraction(turn))
     turn.answer = parse_answer(reply.text, len(row.state.options))
     return mb.to("matcher")
 

@@ -1,148 +1,25 @@
-"""What a user writes: a workflow, its state, and one handler per role.
-
-class Draft(State):
-    topic: str
-    text: str = ""
-
-flow = Workflow("draft", state=Draft, start="writer")
-
-@flow.role
-async def writer(row: Row[Draft], llm: LLM) -> Next | Outcome: ...
-"""
+"""A workflow and its roles: what is declared, and what is checked before any row travels."""
 
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
-import hashlib
-import importlib
-import importlib.metadata
-import importlib.util
 import inspect
-import random
-import sys
 import textwrap
 import typing
-from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, Literal, TypeVar, overload
 
 import msgspec
 
-from .config import Sampling, parse
-from .errors import ConfigError, RowError, WorkflowError
-from .llm import LLM
-from .orchestrator import LEASE_ROLE, Kind, Orchestrator, OutcomeRecord, is_token
+from ..config import Sampling, parse
+from ..errors import ConfigError, RowError, WorkflowError
+from ..llm import LLM
+from ..orchestrator import LEASE_ROLE, UNREADABLE, OutcomeRecord, is_token
+from .row import S, to
 
-ENTRY_POINTS = "matrix_bus.workflows"
-
-S = TypeVar("S", bound=msgspec.Struct)
 H = TypeVar("H", bound=Callable[..., Any])
-
-
-class State(msgspec.Struct, kw_only=True):
-    """Base of a workflow's state: fields without a default are read from the input line by name.
-
-    Handlers change it in place; it travels with the row as JSON.
-    """
-
-
-class Next(msgspec.Struct, frozen=True):
-    """The row goes on to `role`."""
-
-    role: str
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """The row ends here."""
-
-    kind: Kind
-    reason: str = ""
-
-
-def to(role: str) -> Next:
-    """Send the row to `role`."""
-    return Next(role)
-
-
-def success(reason: str = "") -> Outcome:
-    """End the row as a success."""
-    return Outcome("success", reason)
-
-
-def filtered(reason: str) -> Outcome:
-    """End the row early, on purpose, with a reason that is counted."""
-    return Outcome("filtered", reason)
-
-
-def failed(reason: str) -> Outcome:
-    """End the row as failed; raise an exception instead where there is one to tell about."""
-    return Outcome("failed", reason)
-
-
-class Row(Generic[S]):
-    """One row at one hop, as its handler sees it."""
-
-    __slots__ = ("_message", "number", "run", "state", "trials")
-
-    def __init__(self, message: Orchestrator, state: S, trials: int = 1) -> None:
-        self._message = message
-        self.run = message.run
-        self.number = message.n
-        self.state = state
-        self.trials = trials
-
-    @property
-    def id(self) -> str:
-        """The input's `id` field, else its line number."""
-        return self._message.id
-
-    @property
-    def line(self) -> int:
-        """Line of the dataset, from 0."""
-        return self.number // self.trials
-
-    @property
-    def trial(self) -> int:
-        """Which of the line's trials this is, from 0."""
-        return self.number % self.trials
-
-    @property
-    def hop(self) -> int:
-        """Handler deliveries of this row so far, this one included."""
-        return self._message.hop
-
-    @property
-    def attempt(self) -> int:
-        """Calls for this hop, this one included: above 1 after a transient error."""
-        return self._message.attempt
-
-    @property
-    def turn(self) -> int:
-        """How often the row has come to this role, this time included."""
-        return self._message.visits.get(self._message.role, 0)
-
-    @property
-    def seed(self) -> int:
-        """31 bits, from the run's seed and the row's place: the same in every repetition."""
-        return self._message.seed
-
-    @property
-    def rng(self) -> random.Random:
-        """A new generator, seeded by row and hop, so that a repeated handler call draws the same."""
-        return random.Random(f"{self.seed}:{self.hop}")
-
-    @property
-    def input(self) -> Any:
-        """The line as submitted."""
-        return msgspec.json.decode(self._message.input)
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """The model calls so far, oldest first, as they will stand in the output. Decoded at each use."""
-        return [msgspec.json.decode(call) for call in self._message.history]
-
-
 Mode = Literal["async", "thread", "process"]
 
 
@@ -156,6 +33,8 @@ class Role:
         self.handler = handler
         self.model = model
         self.sampling = sampling
+        if not inspect.isfunction(handler):
+            raise WorkflowError(f"role {name!r}: the handler must be a function, not {type(handler).__name__}")
         is_async = inspect.iscoroutinefunction(handler)
         if process and is_async:
             raise WorkflowError(f"role {name!r}: a process handler must be a plain def, not async def")
@@ -192,11 +71,20 @@ class Role:
             node.args[0].value
             for node in ast.walk(tree)
             if isinstance(node, ast.Call)
-            and getattr(node.func, "attr", getattr(node.func, "id", "")) == "to"
+            and self._is_to(node.func)
             and len(node.args) == 1
             and isinstance(node.args[0], ast.Constant)
             and isinstance(node.args[0].value, str)
         )
+
+    def _is_to(self, function: ast.expr) -> bool:
+        """True for `to` and `mb.to`, by what the names mean where the handler was written; not for `tensor.to`."""
+        names = self.handler.__globals__
+        if isinstance(function, ast.Name):
+            return names.get(function.id) is to
+        if not (isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)):
+            return False
+        return function.attr == "to" and inspect.ismodule(module := names.get(function.value.id)) and module.to is to
 
 
 class Workflow(Generic[S]):
@@ -280,7 +168,7 @@ class Workflow(Generic[S]):
         """The state of a new row, from its input line. Raises `RowError` if the line does not fit."""
         try:
             return self._decoder.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise RowError(f"the input does not fit workflow {self.name!r}: {error}") from None
 
     def decode_state(self, state: bytes) -> S:
@@ -293,6 +181,12 @@ class Workflow(Generic[S]):
             if plain:
                 raise ConfigError(f"workflow {self.name!r} has no parameters, got {', '.join(plain)}")
             return None
+        known = [field.encode_name for field in msgspec.structs.fields(self.config)]
+        for name in plain:
+            if name not in known:  # a struct of the user's own lets unknown names pass, and with them every typo
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+                raise ConfigError(f"setting at workflow: workflow {self.name!r} has no {name!r}{hint}")
         return parse(dict(plain), self.config, at="workflow")
 
     def check(self) -> None:
@@ -314,82 +208,3 @@ class Workflow(Generic[S]):
 
     def _names(self) -> str:
         return ", ".join(sorted(self.roles)) or "none"
-
-
-Handler = Callable[..., Awaitable[Next | Outcome]]
-
-
-# --- finding workflows ------------------------------------------------------------------------------------------
-
-
-def installed_workflows() -> list[str]:
-    """Names of the workflows that installed packages offer."""
-    return sorted({point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS)})
-
-
-def load_workflow(spec: str) -> Workflow[Any]:
-    """A workflow by name (an entry point), by file (`my_flow.py`) or as `module:attribute`.
-
-    Raises `WorkflowError`; an exception of the workflow's own code comes through as its cause.
-    """
-    if spec.endswith(".py"):
-        module = _import_file(Path(spec))
-        found = [value for value in vars(module).values() if isinstance(value, Workflow)]
-        if len(found) != 1:
-            raise WorkflowError(f"{spec} must define one Workflow, it defines {len(found)}")
-        flow = found[0]
-    else:
-        target = spec
-        if ":" not in spec:
-            points = {p.name: p.value for p in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-            if spec not in points:
-                raise WorkflowError(
-                    f"no workflow named {spec!r}: installed are {', '.join(sorted(points)) or 'none'}; "
-                    "a file is given with its .py ending"
-                )
-            target = points[spec]
-        name, _, attribute = target.partition(":")
-        module = _import(name, spec)
-        there = getattr(module, attribute, None)
-        if not isinstance(there, Workflow):
-            raise WorkflowError(f"{target} is not a Workflow")
-        flow = there
-    flow.spec = str(Path(spec).resolve()) if spec.endswith(".py") else spec
-    flow.code_hash = _code_hash(module)
-    flow.check()
-    return flow
-
-
-def _import(name: str, spec: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise WorkflowError(f"workflow {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
-
-
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise WorkflowError(f"no such workflow file: {path}")
-    name = f"matrix_bus_workflow_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    loader = importlib.util.spec_from_file_location(name, path)
-    assert loader is not None and loader.loader is not None
-    module = importlib.util.module_from_spec(loader)
-    sys.modules[name] = module  # handlers' annotations and pickling look it up
-    try:
-        loader.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise WorkflowError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
-    return module
-
-
-def _code_hash(module: Any) -> str:
-    """Over the module's file, or all files of the package that it is."""
-    file = Path(module.__file__)
-    files = sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]
-    digest = hashlib.sha256()
-    for source in files:
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]

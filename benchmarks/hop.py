@@ -1,0 +1,294 @@
+"""Hops per second of one worker process without a model, beside a bare nats-py loop with the same messages.
+
+    python -m benchmarks.hop [--rows 1000] [--in-flight 1000] [--repeat 3]
+
+Each measurement has a fresh private broker on file storage, and one fresh client process: our worker with all
+roles, or the floor (see `benchmarks.workload`). Ours and the floor take turns, so that both meet the same weather;
+medians are reported. The time runs from just before the first row is published to the broker's own time stamp of
+the last outcome. Our rows are submitted from this process, the floor's from its own. CPU is that of the client
+process and of the broker over the same stretch and until the queue is empty.
+
+The result is checked: one outcome per row, each a success after as many hops as its seed asks for, by the count
+of the orchestrator and by what the handlers left in the state. If not, the exit code is 1. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import AsyncExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import psutil
+import uvloop
+from msgspec import Struct
+
+from benchmarks.workload import RUN_SEED, hops_of, line, sizes
+from matrix_bus import RunConfig, load_workflow, registry, run
+from matrix_bus.broker import Broker, server_info
+from matrix_bus.bus import Bus
+from matrix_bus.dataset import Line
+from matrix_bus.orchestrator import decode_outcome, outcome_stream, row_seed, work_stream
+from matrix_bus.registry import RunRecord
+
+_ROOT = Path(__file__).resolve().parent.parent
+_WORKFLOW = Path(__file__).with_name("workload.py")
+_LOOK_S = 0.05
+
+Side = Literal["ours", "floor"]
+
+
+class Options(Struct):
+    rows: int
+    in_flight: int
+    timeout_s: float
+
+
+class Measured(Struct):
+    """One measurement."""
+
+    side: Side
+    seconds: float
+    hops: int
+    client_cpu_s: float
+    """Of the worker, or of the floor's process."""
+    broker_cpu_s: float
+    outcomes: dict[str, int]
+    problems: list[str]
+    server: str = ""
+
+    @property
+    def hops_per_s(self) -> float:
+        return self.hops / self.seconds
+
+
+class _Client:
+    """The process that is measured, started in `directory`; its stderr goes to a file there."""
+
+    def __init__(self, words: list[str], directory: Path) -> None:
+        self._log = directory / "client.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *words],
+                cwd=_ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    @property
+    def cpu_s(self) -> float:
+        return _cpu_s(self._process.pid)
+
+    def check(self) -> None:
+        """Raises `SystemExit` if it has ended."""
+        if self._process.poll() is not None:
+            raise SystemExit(f"the measured process ended early:\n{self._log.read_text()[-2000:]}")
+
+    async def read(self) -> str:
+        assert self._process.stdout is not None
+        if text := await asyncio.to_thread(self._process.stdout.readline):
+            return text.strip()
+        self._process.wait()
+        raise SystemExit(f"the measured process ended early:\n{self._log.read_text()[-2000:]}")
+
+    def write(self, text: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(text + "\n")
+        self._process.stdin.flush()
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.communicate(timeout=15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+
+
+def _cpu_s(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
+async def measure(side: Side, options: Options) -> Measured:
+    """One measurement on a broker of its own."""
+    async with AsyncExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="matrix-bus-hop-")))
+        broker = stack.enter_context(Broker(directory / "broker"))
+        bus = await stack.enter_async_context(await Bus.connect(broker.url))
+        flow = load_workflow(str(_WORKFLOW))
+        record = run.new_record(flow, RunConfig(max_in_flight=options.in_flight, seed=RUN_SEED))
+        slots = str(options.in_flight)
+        words = ["benchmarks.workload", broker.url, record.id, str(options.rows), slots]
+        if side == "ours":
+            words = ["matrix_bus", "worker", "--server", broker.url, "--workflow", str(_WORKFLOW), "--slots", slots]
+        record = await run.open_run(bus, record)
+        client = _Client(words, directory)
+        stack.callback(client.stop)
+        go = _ours if side == "ours" else _floor
+        async with asyncio.timeout(options.timeout_s):
+            measured = await go(bus, record, broker, client, options)
+        info = server_info(broker.url) or {}
+        measured.server = str(info.get("version", ""))
+        return measured
+
+
+async def _ours(bus: Bus, record: RunRecord, broker: Broker, client: _Client, options: Options) -> Measured:
+    lines = [Line(n, line(n), f"q{n}") for n in range(options.rows)]
+    while (await registry.progress(bus, record)).idle_roles:
+        client.check()
+        await asyncio.sleep(_LOOK_S)
+    await asyncio.sleep(4 * _LOOK_S)
+    client_cpu, broker_cpu, started = client.cpu_s, _cpu_s(broker.pid), time.time()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(run.submit(bus, record, lines))
+        ended = await _last_outcome(bus, record, client, options.rows)
+    await _empty(bus, record)
+    client_cpu, broker_cpu = client.cpu_s - client_cpu, _cpu_s(broker.pid) - broker_cpu
+    kinds: Counter[str] = Counter()
+    rows: Counter[int] = Counter()
+    problems: list[str] = []
+    hops = 0
+    async for message in bus.read(outcome_stream(record.id)):
+        outcome = decode_outcome(message.data)
+        kinds[outcome.outcome] += 1
+        rows[outcome.row] += 1
+        said = len(msgspec.json.decode(outcome.state)["said"])
+        drawn = hops_of(row_seed(RUN_SEED, outcome.row, 0))
+        hops += said
+        if outcome.outcome != "success" or not drawn == said == outcome.hops == outcome.attempts:
+            problems.append(
+                f"row {outcome.row}: {outcome.outcome}, {drawn} hops drawn, {said} recorded by handlers, "
+                f"{outcome.hops} counted, {outcome.attempts} handler calls"
+            )
+    if rows != Counter(range(options.rows)):
+        problems.append(f"{rows.total()} outcomes for {len(rows)} of {options.rows} rows")
+    return Measured("ours", ended - started, hops, client_cpu, broker_cpu, dict(kinds), problems)
+
+
+async def _floor(bus: Bus, record: RunRecord, broker: Broker, client: _Client, options: Options) -> Measured:
+    await client.read()
+    broker_cpu = _cpu_s(broker.pid)
+    client.write("go")
+    ended = await _last_outcome(bus, record, client, options.rows)
+    counted = msgspec.json.decode(await client.read())
+    await _empty(bus, record)
+    broker_cpu = _cpu_s(broker.pid) - broker_cpu
+    subjects = Counter([message.subject async for message in bus.read(outcome_stream(record.id))])
+    problems = []
+    if subjects != Counter(f"out.{record.id}.{n}.0" for n in range(options.rows)):
+        problems.append(f"floor: {subjects.total()} outcomes for {len(subjects)} of {options.rows} rows")
+    drawn = sum(hops_of(row_seed(RUN_SEED, n, 0)) for n in range(options.rows))
+    if counted["hops"] != drawn:
+        problems.append(f"floor: {counted['hops']} hops, {drawn} drawn")
+    seconds, kinds = ended - counted["started"], {"success": subjects.total()}
+    return Measured("floor", seconds, counted["hops"], counted["cpu_s"], broker_cpu, kinds, problems)
+
+
+async def _last_outcome(bus: Bus, record: RunRecord, client: _Client, rows: int) -> float:
+    """When the broker stored the last of `rows` outcomes, as Unix time."""
+    while True:
+        state = (await bus.api(f"STREAM.INFO.{outcome_stream(record.id)}"))["state"]
+        if state["messages"] >= rows:
+            return datetime.fromisoformat(state["last_ts"]).timestamp()
+        client.check()
+        await asyncio.sleep(_LOOK_S)
+
+
+async def _empty(bus: Bus, record: RunRecord) -> None:
+    """Returns when all acks have reached the work queue."""
+    while (await bus.api(f"STREAM.INFO.{work_stream(record.id)}"))["state"]["messages"]:  # noqa: ASYNC110
+        await asyncio.sleep(_LOOK_S / 5)
+
+
+def report(results: list[Measured], options: Options) -> dict[str, Any]:
+    """The figures of all measurements: medians, and each run beside them."""
+    ours = [r for r in results if r.side == "ours"]
+    floor = [r for r in results if r.side == "floor"]
+    hops = ours[0].hops
+    seconds = statistics.median(r.seconds for r in ours)
+    ours_hops_per_s = statistics.median(r.hops_per_s for r in ours)
+    floor_hops_per_s = statistics.median(r.hops_per_s for r in floor)
+
+    def us_per_hop(some: list[Measured], field: str) -> float:
+        return round(float(statistics.median(getattr(r, field) / max(1, r.hops) for r in some)) * 1e6, 1)
+
+    return {
+        "benchmark": "hop",
+        "rows_per_s": round(statistics.median(options.rows / r.seconds for r in ours), 1),
+        "hops_per_s": round(ours_hops_per_s),
+        "floor_hops_per_s": round(floor_hops_per_s),
+        "ratio_to_floor": round(ours_hops_per_s / floor_hops_per_s, 3),
+        "reference_hops_per_s": None,
+        "rows": options.rows,
+        "hops": hops,
+        "in_flight": options.in_flight,
+        "seconds": round(seconds, 3),
+        "cpu_us_per_hop_worker": us_per_hop(ours, "client_cpu_s"),
+        "cpu_us_per_hop_broker": us_per_hop(ours, "broker_cpu_s"),
+        "cpu_us_per_hop_floor": us_per_hop(floor, "client_cpu_s"),
+        "cpu_us_per_hop_floor_broker": us_per_hop(floor, "broker_cpu_s"),
+        "outcomes": ours[-1].outcomes,
+        "repeat": len(ours),
+        "hops_per_s_runs": [round(r.hops_per_s) for r in ours],
+        "floor_hops_per_s_runs": [round(r.hops_per_s) for r in floor],
+        "ratio_runs": [round(a.hops_per_s / b.hops_per_s, 3) for a, b in zip(ours, floor, strict=True)],
+        "body_bytes_mean": round(statistics.mean(size for n in range(100) for size in sizes("run", n))),
+        "ok": not any(r.problems for r in results),
+        "machine": {
+            "cpus": os.cpu_count(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "nats_server": ours[0].server,
+            "nats_py": importlib.metadata.version("nats-py"),
+            "load_1m": round(os.getloadavg()[0], 2),
+        },
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="hop", description="Hops per second, beside a bare nats-py loop.")
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--in-flight", type=int, default=1000, help="rows in flight, and slots of each role")
+    parser.add_argument("--repeat", type=int, default=3, help="measurements of each, in turns")
+    parser.add_argument("--timeout-s", type=float, default=300.0, help="of one measurement")
+    given = parser.parse_args()
+    if min(given.rows, given.in_flight, given.repeat) < 1:
+        parser.error("--rows, --in-flight and --repeat must be at least 1")
+    options = Options(given.rows, given.in_flight, given.timeout_s)
+    results: list[Measured] = []
+    sides: tuple[Side, Side] = ("ours", "floor")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        for _ in range(given.repeat):
+            for side in sides:
+                found = runner.run(measure(side, options))
+                results.append(found)
+                print(
+                    f"{side:5} {found.hops_per_s:8.0f} hops/s {options.rows / found.seconds:8.1f} rows/s "
+                    f"{found.seconds:7.3f} s  {found.client_cpu_s / found.hops * 1e6:6.1f} us/hop client "
+                    f"{found.broker_cpu_s / found.hops * 1e6:6.1f} us/hop broker",
+                    flush=True,
+                )
+    problems = [problem for result in results for problem in result.problems]
+    for problem in problems[:20]:
+        print(problem, file=sys.stderr)
+    print(msgspec.json.encode(report(results, options)).decode(), flush=True)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""What a user writes: a workflow, its state, and one handler per role.
+
+class Draft(State):
+    topic: str
+    text: str = ""
+
+flow = Workflow("draft", state=Draft, start="writer")
+
+@flow.role
+async def writer(row: Row[Draft], llm: LLM) -> Next | Outcome: ...
+"""
+
+from __future__ import annotations
+
+from .load import installed_workflows, load_workflow
+from .row import Next, Outcome, Row, State, failed, filtered, success, to
+from .workflow import Role, Workflow
+
+__all__ = (
+    "Next",
+    "Outcome",
+    "Role",
+    "Row",
+    "State",
+    "Workflow",
+    "failed",
+    "filtered",
+    "installed_workflows",
+    "load_workflow",
+    "success",
+    "to",
+)

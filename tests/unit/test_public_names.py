@@ -1,0 +1,103 @@
+"""The public names, on one screen; and what importing them costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import matrix_bus
+
+PUBLIC = (
+    "LLM",
+    "MatrixBusError",
+    "Message",
+    "ModelConfig",
+    "Next",
+    "Outcome",
+    "OutcomeRecord",
+    "Reply",
+    "RoleConfig",
+    "Row",
+    "RunConfig",
+    "Sampling",
+    "State",
+    "Usage",
+    "Workflow",
+    "__version__",
+    "assistant",
+    "failed",
+    "filtered",
+    "load_workflow",
+    "success",
+    "system",
+    "to",
+    "tool",
+    "user",
+)
+
+HEAVY = ("typer", "rich", "aiohttp", "openai", "omegaconf", "nats")
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints; warnings are errors there too."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], check=False, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_public_names_are_these() -> None:
+    assert matrix_bus.__all__ == PUBLIC
+    assert isinstance(matrix_bus.__all__, tuple)
+    assert list(PUBLIC) == sorted(PUBLIC)
+    assert dir(matrix_bus) == sorted(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_resolves(name: str) -> None:
+    value = getattr(matrix_bus, name)
+    assert value is not None
+    if hasattr(value, "__name__"):
+        assert value.__name__ == name
+
+
+def test_every_name_has_one_home() -> None:
+    homes = [name for names in matrix_bus._HOMES.values() for name in names]
+    assert sorted(homes) == sorted(set(PUBLIC) - {"__version__"})
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'matrix_bus' has no attribute 'nothing'"):
+        matrix_bus.nothing  # noqa: B018
+
+
+def test_star_import_takes_all_public_names() -> None:
+    code = f"from matrix_bus import *; print(sorted(set({PUBLIC!r}) - set(globals())))"
+    assert python(code) == "[]"
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = f"import sys, matrix_bus; print([m for m in {HEAVY!r} if m in sys.modules])"
+    assert python(code) == "[]"
+
+
+def test_names_of_a_light_module_stay_light() -> None:
+    code = f"import sys, matrix_bus; matrix_bus.Sampling; print([m for m in {HEAVY!r} if m in sys.modules])"
+    assert python(code) == "[]"
+
+
+def test_the_event_loop_policy_of_the_host_is_left_alone() -> None:
+    code = f"""
+import asyncio
+def refuse(policy):
+    raise SystemExit("the policy was set")
+asyncio.set_event_loop_policy = asyncio.events.set_event_loop_policy = refuse
+import matrix_bus, matrix_bus.worker, matrix_bus.run, matrix_bus.cli.processes, matrix_bus.cli.runs
+for name in {PUBLIC!r}:
+    getattr(matrix_bus, name)
+print(asyncio.events._event_loop_policy)
+"""
+    assert python(code) == "None"

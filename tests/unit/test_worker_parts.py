@@ -1,0 +1,576 @@
+"""The parts of a worker, each by itself: slots, deliveries, heartbeats, backoff, watchdog, threads, processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import itertools
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nats.aio.msg import Msg
+
+from matrix_bus.agent import Next, Outcome, Workflow, load_workflow, success
+from matrix_bus.bus import Bus, Lane, delivery_facts
+from matrix_bus.config import Sampling
+from matrix_bus.errors import BusUnavailable, EndpointGone, HandlerError, RateLimited, WorkerCrashed
+from matrix_bus.llm import LLM
+from matrix_bus.orchestrator import Orchestrator, RowMessage, admit
+from matrix_bus.worker import watchdog as watchdog_module
+from matrix_bus.worker.delivery import Delivery
+from matrix_bus.worker.failure import backoff_s
+from matrix_bus.worker.handlers import Caller, Executors
+from matrix_bus.worker.heartbeat import Wheel
+from matrix_bus.worker.pulling import Pool, Pump
+from matrix_bus.worker.watchdog import Watchdog
+
+# --- slots --------------------------------------------------------------------------------------------------
+
+NOW = 1000.0
+SILENT = NOW - 60
+IDLE_ASK = 8
+
+
+class FakeLane:
+    """What a pool sees of a lane: how much was asked for and has not come."""
+
+    def __init__(self, outstanding: int = 0, open_: bool = True) -> None:
+        self.outstanding = outstanding
+        self.asked = asyncio.Event()
+        self._open = open_
+
+    def room(self, wanted: int) -> int:
+        return max(0, wanted - self.outstanding) if self._open else 0
+
+    async def ask(self, count: int) -> None:
+        self.outstanding += count
+        self.asked.set()
+
+
+def pool(capacity: int, *lanes: tuple[FakeLane, float], busy: int = 0) -> Pool:
+    return Pool(capacity, busy, {cast(Lane, lane): heard_at for lane, heard_at in lanes})
+
+
+def asks(of: Pool) -> dict[FakeLane, int]:
+    return {cast(FakeLane, lane): count for lane, count in of.asks(NOW)}
+
+
+def test_one_lane_gets_all_free_slots() -> None:
+    for heard_at in (NOW, SILENT):
+        lane = FakeLane()
+        assert asks(pool(100, (lane, heard_at), busy=30)) == {lane: 70}
+
+
+def test_active_lanes_share_alike() -> None:
+    lanes = [FakeLane() for _ in range(3)]
+    assert asks(pool(100, *((lane, NOW) for lane in lanes), busy=10)) == dict.fromkeys(lanes, 30)
+
+
+def test_silent_lanes_share_alike_while_none_is_active() -> None:
+    lanes = [FakeLane() for _ in range(4)]
+    assert asks(pool(100, *((lane, SILENT) for lane in lanes))) == dict.fromkeys(lanes, 25)
+
+
+def test_a_silent_lane_keeps_few_slots_from_those_that_have_work() -> None:
+    active, silent = FakeLane(), FakeLane()
+    found = asks(pool(100, (active, NOW), (silent, SILENT)))
+    assert found[silent] == IDLE_ASK
+    assert found[active] >= 100 - IDLE_ASK
+
+
+def test_what_is_under_way_counts() -> None:
+    lane = FakeLane(outstanding=40)
+    assert asks(pool(100, (lane, NOW))) == {lane: 60}
+    assert asks(pool(100, (FakeLane(outstanding=51), NOW))) == {}, "small refills wait to become larger ones"
+    assert asks(pool(100, (FakeLane(outstanding=100), NOW))) == {}
+
+
+def test_a_lane_that_cannot_be_asked_is_not() -> None:
+    well, gone = FakeLane(), FakeLane(open_=False)
+    assert asks(pool(10, (well, NOW), (gone, SILENT))).keys() == {well}
+
+
+@settings(deadline=None)
+@given(
+    capacity=st.integers(1, 300),
+    busy=st.integers(0, 400),
+    heard=st.lists(st.sampled_from([NOW, NOW - 1.9, SILENT]), max_size=6),
+    outstanding=st.lists(st.integers(0, 300), min_size=6, max_size=6),
+)
+def test_no_lane_is_asked_for_more_than_is_free(
+    capacity: int, busy: int, heard: list[float], outstanding: list[int]
+) -> None:
+    lanes = [(FakeLane(under_way), at) for at, under_way in zip(heard, outstanding, strict=False)]
+    free = capacity - busy
+    for lane, count in asks(pool(capacity, *lanes, busy=busy)).items():
+        assert count > 0
+        assert count + lane.outstanding <= free
+
+
+@pytest.mark.parametrize(
+    ("capacity", "heard"),
+    [
+        pytest.param(2, [NOW] * 3, id="more active lanes than slots"),
+        pytest.param(2, [SILENT] * 3, id="more silent lanes than slots"),
+        pytest.param(100, [NOW] + [SILENT] * 3, id="silent lanes beside an active one"),
+    ],
+)
+def test_all_lanes_together_are_not_asked_for_more_than_is_free(capacity: int, heard: list[float]) -> None:
+    found = asks(pool(capacity, *((FakeLane(), at) for at in heard)))
+    assert sum(found.values()) <= capacity
+
+
+def test_a_full_pool_asks_for_nothing() -> None:
+    assert asks(pool(4, (FakeLane(), NOW), busy=4)) == {}
+    assert asks(pool(4, (FakeLane(), NOW), busy=9)) == {}
+
+
+async def test_the_pump_asks_when_slots_get_free() -> None:
+    pump, lane = Pump(), FakeLane()
+    slots = Pool(4)
+    running = asyncio.create_task(pump.run())
+    try:
+        pump.add(slots, cast(Lane, lane))
+        await asyncio.wait_for(lane.asked.wait(), 5)
+        assert lane.outstanding == 4
+        lane.outstanding, slots.busy = 0, 4
+        lane.asked.clear()
+        slots.busy = 1
+        pump.touch(slots)
+        await asyncio.wait_for(lane.asked.wait(), 5)
+        assert lane.outstanding == 3
+    finally:
+        running.cancel()
+
+
+# --- deliveries ---------------------------------------------------------------------------------------------
+
+SHORT = "$JS.ACK.W_r1.solver.{deliveries}.{seq}.9.1700000000000000000.0"
+LONG = "$JS.ACK.hub.AbCd.W_r1.solver.{deliveries}.{seq}.9.1700000000000000000.0"
+LONGEST = LONG + ".t0k3n"
+each_form = pytest.mark.parametrize("form", [SHORT, LONG, LONGEST], ids=["short", "domain", "domain and token"])
+
+
+def message(form: str = SHORT, deliveries: int = 1, seq: int = 50, **more: Any) -> Msg:
+    reply = form.format(deliveries=deliveries, seq=seq)
+    return Msg(cast(Any, None), subject="q.r1.solver.7.3", reply=reply, data=b"body", **more)
+
+
+def delivery(seq: int = 50) -> Delivery:
+    return Delivery(message(seq=seq), old_until=0)
+
+
+@each_form
+def test_a_delivery_knows_its_place(form: str) -> None:
+    found = Delivery(message(form, 1, 50, headers={"Mb-Lease": "x"}), old_until=0)
+    assert (found.role, found.n, found.hop, found.seq, found.data) == ("solver", 7, 3, 50, b"body")
+    assert found.headers == {"Mb-Lease": "x"}
+    assert found.ack_subject == form.format(deliveries=1, seq=50)
+    assert not found.running
+    assert abs(found.beat_at - time.monotonic()) < 60
+    assert Delivery(message(form), old_until=0).headers == {}
+
+
+@each_form
+@pytest.mark.parametrize(
+    ("deliveries", "seq", "old_until", "old"),
+    [(1, 50, 0, False), (1, 50, 49, False), (1, 50, 50, True), (2, 50, 0, True), (12, 50, 99, True)],
+)
+def test_a_delivery_is_old_if_somebody_may_have_had_it(
+    form: str, deliveries: int, seq: int, old_until: int, old: bool
+) -> None:
+    assert delivery_facts(form.format(deliveries=deliveries, seq=seq)) == (deliveries, seq)
+    assert Delivery(message(form, deliveries, seq), old_until).old is old
+
+
+# --- heartbeats ---------------------------------------------------------------------------------------------
+
+
+class FakeBus:
+    """Takes heartbeats, and says when a number of them has come."""
+
+    def __init__(self) -> None:
+        self.connected = True
+        self.beats: list[tuple[str, float]] = []
+        self.failing = 0
+        self.enough = asyncio.Event()
+        self.wanted = 0
+
+    async def working(self, ack_subject: str) -> None:
+        if self.failing:
+            self.failing -= 1
+            raise BusUnavailable("away")
+        self.beats.append((ack_subject, time.monotonic()))
+        if self.wanted and len(self.beats) >= self.wanted:
+            self.enough.set()
+
+    async def count(self, wanted: int) -> None:
+        """Returns when that many more have come."""
+        self.enough.clear()
+        self.wanted = len(self.beats) + wanted
+        await asyncio.wait_for(self.enough.wait(), 10)
+
+
+@pytest.fixture
+def fake_bus() -> FakeBus:
+    return FakeBus()
+
+
+ACK_WAIT_S = 0.6
+
+
+@pytest.fixture
+async def wheel(fake_bus: FakeBus) -> AsyncIterator[Wheel]:
+    made = Wheel(cast(Bus, fake_bus), ACK_WAIT_S)
+    turning = asyncio.create_task(made.turn())
+    yield made
+    turning.cancel()
+
+
+async def test_adding_and_removing(fake_bus: FakeBus) -> None:
+    wheel = Wheel(cast(Bus, fake_bus), ACK_WAIT_S)
+    one, two = delivery(1), delivery(2)
+    assert len(wheel) == 0
+    wheel.add(one)
+    wheel.add(two)
+    assert len(wheel) == 2
+    wheel.remove(one)
+    wheel.remove(one)
+    assert len(wheel) == 1
+    wheel.remove(two)
+    assert len(wheel) == 0
+    wheel.remove(delivery(3))
+
+
+async def test_every_delivery_is_kept_alive(wheel: Wheel, fake_bus: FakeBus) -> None:
+    held = [delivery(seq) for seq in range(40)]
+    added_at = time.monotonic()
+    for number, one in enumerate(held):
+        wheel.add(one)
+        if number % 5 == 0:
+            await fake_bus.count(1)  # so that they come to lie on different spokes
+    assert len({one.spoke % 16 for one in held}) > 1
+    await fake_bus.count(3 * len(held))
+    beats = {one.ack_subject: [at for subject, at in fake_bus.beats if subject == one.ack_subject] for one in held}
+    assert all(len(at) >= 2 for at in beats.values())
+    gaps = [b - a for at in beats.values() for a, b in itertools.pairwise(at)]
+    assert sorted(gaps)[len(gaps) // 2] < ACK_WAIT_S, "or others would get them"
+    assert all(one.beat_at > added_at for one in held)
+
+
+async def test_the_first_heartbeat_comes_within_one_period(wheel: Wheel, fake_bus: FakeBus) -> None:
+    for _ in range(4):  # wherever the wheel stands
+        added_at = time.monotonic()
+        one = delivery()
+        wheel.add(one)
+        await fake_bus.count(1)
+        assert fake_bus.beats[-1][1] - added_at < ACK_WAIT_S
+        wheel.remove(one)
+
+
+async def test_what_was_removed_is_left_alone(wheel: Wheel, fake_bus: FakeBus) -> None:
+    gone, kept = delivery(1), delivery(2)
+    wheel.add(gone)
+    wheel.add(kept)
+    await fake_bus.count(2)
+    wheel.remove(gone)
+    fake_bus.beats.clear()
+    await fake_bus.count(3)
+    assert {subject for subject, _ in fake_bus.beats} == {kept.ack_subject}
+
+
+async def test_a_new_ack_subject_gets_the_heartbeats(wheel: Wheel, fake_bus: FakeBus) -> None:
+    one = delivery(1)
+    wheel.add(one)
+    await fake_bus.count(1)
+    one.ack_subject = "new"
+    fake_bus.beats.clear()
+    await fake_bus.count(2)
+    assert {subject for subject, _ in fake_bus.beats} == {"new"}
+
+
+async def test_the_wheel_turns_on_after_an_error(wheel: Wheel, fake_bus: FakeBus) -> None:
+    fake_bus.failing = 3
+    wheel.add(delivery())
+    await fake_bus.count(2)
+    assert fake_bus.failing == 0
+
+
+async def test_nothing_is_sent_while_the_broker_is_away(wheel: Wheel, fake_bus: FakeBus) -> None:
+    fake_bus.connected = False
+    one = delivery()
+    before = one.beat_at
+    wheel.add(one)
+    await asyncio.sleep(ACK_WAIT_S)  # there is nothing to wait for but that nothing comes
+    assert (fake_bus.beats, one.beat_at) == ([], before)
+    fake_bus.connected = True
+    await fake_bus.count(1)
+    assert one.beat_at > before
+
+
+async def test_what_is_handed_back_during_a_turn_gets_no_heartbeat() -> None:
+    class Slow(FakeBus):
+        """While it sends one heartbeat, all others are handed back."""
+
+        async def working(self, ack_subject: str) -> None:
+            for one in held:
+                if one.ack_subject != ack_subject:
+                    turned.remove(one)
+            await super().working(ack_subject)
+
+    bus = Slow()
+    held = [delivery(1), delivery(2)]
+    turned = Wheel(cast(Bus, bus), 0.1)
+    for one in held:
+        turned.add(one)
+    turning = asyncio.create_task(turned.turn())
+    await bus.count(2)
+    turning.cancel()
+    assert len({subject for subject, _ in bus.beats}) == 1
+
+
+# --- backoff ------------------------------------------------------------------------------------------------
+
+GONE = EndpointGone("gone")
+
+
+@pytest.mark.parametrize(
+    ("attempt", "most"), [(1, 1.0), (2, 2.0), (3, 4.0), (6, 32.0), (7, 60.0), (50, 60.0), (1000, 60.0)]
+)
+def test_backoff_doubles_up_to_a_minute(attempt: int, most: float) -> None:
+    waits = [backoff_s(attempt, GONE) for _ in range(400)]
+    assert 0.1 <= min(waits) < most / 2 < max(waits) <= most, "with full jitter"
+
+
+def test_backoff_of_a_very_late_attempt() -> None:
+    assert backoff_s(1025, GONE) <= 60
+
+
+@settings(deadline=None)
+@given(st.floats(0, 3600), st.integers(1, 100))
+def test_what_the_server_asks_for_is_kept(asked: float, attempt: int) -> None:
+    assert asked <= backoff_s(attempt, RateLimited("busy", asked)) <= asked * 1.25
+
+
+def test_a_server_cannot_put_a_row_off_for_ever() -> None:
+    assert backoff_s(1, RateLimited("busy", float("inf"))) <= 4500
+
+
+def test_a_limit_without_a_time_backs_off() -> None:
+    assert 0.1 <= backoff_s(1, RateLimited("busy")) <= 1.0
+    assert backoff_s(1, RateLimited("busy", 0.0)) == 0.0
+
+
+# --- watchdog -----------------------------------------------------------------------------------------------
+
+
+def compute(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+async def blocking() -> None:
+    compute(0.6)
+
+
+async def test_the_role_that_blocks_the_loop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog_module, "_TICK_S", 0.05)
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(watchdog_module.log, "warning", lambda _, **values: said.append(values), raising=False)
+    watchdog = Watchdog({blocking.__code__: "solver"}, blocked_after_s=0.2)
+    running = asyncio.create_task(watchdog.run())
+    await asyncio.sleep(0)
+    await blocking()
+    running.cancel()
+    assert watchdog.blocked == {"solver": 1}
+    assert said[0]["role"] == "solver"
+    assert said[0]["seconds"] >= 0.2
+    assert said[0]["where"].startswith(f"{__file__}:"), "where it is, not where the handler begins"
+    assert "plain def" in said[0]["advice"]
+
+
+async def test_what_blocks_and_is_no_handler_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog_module, "_TICK_S", 0.05)
+    watchdog = Watchdog({}, blocked_after_s=0.2)
+    running = asyncio.create_task(watchdog.run())
+    await asyncio.sleep(0)
+    compute(0.4)
+    running.cancel()
+    assert watchdog.blocked == {"unknown": 1}
+
+
+# --- threads and processes ----------------------------------------------------------------------------------
+
+SOURCE = """
+import os
+import signal
+
+import msgspec
+
+import matrix_bus as mb
+
+
+class Work(mb.State):
+    todo: str
+    pid: int = 0
+    seen: list = []
+
+
+class Settings(msgspec.Struct):
+    factor: int = 2
+
+
+flow = mb.Workflow("parts", state=Work, start="burn", config=Settings)
+
+
+@flow.role(process=True)
+def burn(row: mb.Row[Work], settings: Settings):
+    if row.state.todo == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if row.state.todo == "raise":
+        raise ValueError("no")
+    row.state.pid = os.getpid()
+    row.state.seen = [row.turn, row.trial, settings.factor]
+    return mb.to("burn")
+"""
+
+
+@pytest.fixture
+def flow(tmp_path: Path) -> Workflow[Any]:
+    path = tmp_path / "parts.py"
+    path.write_text(SOURCE)
+    return load_workflow(str(path))
+
+
+@pytest.fixture
+def executors() -> Iterator[Executors]:
+    made = Executors(threads=2, processes=1)
+    yield made
+    processes = made._processes
+    made.close()
+    if processes is not None:
+        processes.shutdown()
+
+
+def row(todo: str = "", role: str = "burn") -> Orchestrator:
+    state = msgspec.json.encode({"todo": todo})
+    return admit(RowMessage(msgspec.Raw(state), "a", 42, 1.0), "r1", 7, role, state, 2.0)
+
+
+def no_model() -> LLM:
+    raise AssertionError("this handler asks for no model")
+
+
+async def test_a_process_handler_runs_elsewhere(flow: Workflow[Any], executors: Executors) -> None:
+    config = flow.parse_config({"factor": 5})
+    call = Caller(flow, flow.roles["burn"], config, executors, trials=2)
+    result, state = await call(row(), no_model)
+    assert result == Next("burn")
+    found = flow.decode_state(state)
+    assert found.pid not in (0, os.getpid())
+    assert found.seen == [1, 1, 5]
+    _, state = await call(row(), no_model)
+    assert flow.decode_state(state).pid == found.pid, "one process serves many rows"
+    with pytest.raises(ValueError, match="no"):
+        await call(row("raise"), no_model)
+
+
+async def test_a_process_that_dies_is_replaced(flow: Workflow[Any], executors: Executors) -> None:
+    call = Caller(flow, flow.roles["burn"], flow.parse_config({}), executors, trials=1)
+    with pytest.raises(WorkerCrashed, match="killed, or out of memory"):
+        await call(row("die"), no_model)
+    assert WorkerCrashed.transient
+    _, state = await call(row(), no_model)
+    assert flow.decode_state(state).pid not in (0, os.getpid())
+
+
+async def test_a_thread_handler_leaves_the_loop_free(executors: Executors) -> None:
+    loop = asyncio.get_running_loop()
+    started, let_go = asyncio.Event(), threading.Event()
+
+    def handler() -> str:
+        loop.call_soon_threadsafe(started.set)
+        assert let_go.wait(10)
+        return threading.current_thread().name
+
+    call = asyncio.create_task(executors.in_thread(handler))
+    await asyncio.wait_for(started.wait(), 5)
+    assert not call.done()
+    let_go.set()
+    assert (await call).startswith("matrix-bus-handler")
+    with pytest.raises(ZeroDivisionError):
+        await executors.in_thread(lambda: 1 / 0)
+    assert await executors.in_thread(max, 1, 2) == 2
+
+
+hop: contextvars.ContextVar[str] = contextvars.ContextVar("hop", default="none")
+
+
+async def test_context_variables_reach_threads(executors: Executors) -> None:
+    async def one(name: str) -> Any:
+        hop.set(name)
+        return await executors.in_thread(hop.get)
+
+    assert await asyncio.gather(*(asyncio.create_task(one(name)) for name in "abc")) == ["a", "b", "c"]
+
+    def change() -> None:
+        hop.set("changed")
+
+    await executors.in_thread(change)
+    assert hop.get() == "none", "a handler's own changes stay with it"
+
+
+class Note(msgspec.Struct, kw_only=True):
+    todo: str = ""
+
+
+def noted(handler: Any, executors: Executors) -> Caller:
+    made = Workflow("noted", state=Note, start="burn")
+    made.role(name="burn")(handler)
+    return Caller(made, made.roles["burn"], None, executors, trials=1)
+
+
+async def test_the_state_comes_back_as_the_handler_left_it(executors: Executors) -> None:
+    async def on_the_loop(row: Any) -> Outcome:
+        row.state.todo = threading.current_thread().name
+        return success("fine")
+
+    def in_a_thread(row: Any) -> Outcome:
+        row.state.todo = threading.current_thread().name
+        return success("fine")
+
+    here = msgspec.json.encode({"todo": threading.current_thread().name})
+    assert await noted(on_the_loop, executors)(row(), no_model) == (success("fine"), here)
+    result, state = await noted(in_a_thread, executors)(row(), no_model)
+    assert result == success("fine")
+    assert state != here
+
+
+async def test_all_models_that_a_handler_asks_for_are_one(executors: Executors) -> None:
+    seen = []
+
+    async def handler(row: Any, llm: LLM, other: LLM) -> Outcome:
+        seen.extend([llm, other])
+        return success()
+
+    def make() -> LLM:
+        return LLM(cast(Any, None), "default", Sampling(), [], "burn", 1, 1, 42)
+
+    await noted(handler, executors)(row(), make)
+    assert seen[0] is seen[1]
+
+
+@pytest.mark.parametrize(("value", "said"), [("done", "'done'"), (None, "None"), (Next("nobody"), "to 'nobody'")])
+async def test_a_handler_returns_a_decision(executors: Executors, value: Any, said: str) -> None:
+    async def handler(row: Any) -> Any:
+        return value
+
+    with pytest.raises(HandlerError, match=f"role 'burn' .*{said}"):
+        await noted(handler, executors)(row(), no_model)
