@@ -80,6 +80,11 @@ class Row(Generic[S]):
         return self.number % self.trials
 
     @property
+    def role(self) -> str:
+        """The role that the row is at."""
+        return self._message.role
+
+    @property
     def hop(self) -> int:
         """Handler deliveries of this row so far, this one included."""
         return self._message.hop

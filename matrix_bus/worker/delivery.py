@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from nats.aio.msg import Msg
@@ -16,6 +17,7 @@ class Delivery:
         "ack_subject",
         "beat_at",
         "data",
+        "deadline",
         "headers",
         "hop",
         "n",
@@ -24,7 +26,11 @@ class Delivery:
         "running",
         "seq",
         "spoke",
+        "task",
     )
+
+    task: asyncio.Task[None]
+    """What settles it."""
 
     def __init__(self, message: Msg, old_until: int) -> None:
         _, _, self.role, n, hop = message.subject.split(".")
@@ -41,3 +47,5 @@ class Delivery:
         """True while the handler is at work: then this process owns the hop."""
         self.beat_at = time.monotonic()
         self.spoke = 0
+        self.deadline = 0.0
+        """On the monotonic clock, while a handler is at work."""

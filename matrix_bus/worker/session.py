@@ -42,6 +42,8 @@ from .moves import Moves
 from .pulling import Pool, Pump
 
 OWNER_ANSWERS_WITHIN_S = 0.1
+_SWEEP_S = 0.5
+_EXPIRED = -1.0
 
 log = telemetry.logger("worker")
 
@@ -57,12 +59,7 @@ class _Served:
         self.call = caller
         self.alias = self.settings.model or role.model
         self.sampling = self.settings.sampling.over(session.record.config.llm.sampling).over(role.sampling)
-        self.seconds = telemetry.HANDLER_SECONDS.labels(flow.name, name)
-        self.in_flight = telemetry.IN_FLIGHT.labels(name)
-        self._settled = {how: telemetry.HOPS.labels(flow.name, name, how) for how in ("advance", "retry", "outcome")}
-
-    def count(self, how: str) -> None:
-        self._settled[how].inc()
+        self.stats = telemetry.role_stats(flow.name, name)
 
 
 class Session:
@@ -109,8 +106,8 @@ class Session:
         self._stack.callback(self._bus.on_reconnect(self._reconnected))
         owners = await self._bus.nc.subscribe(self._owner_subject, cb=self._answer_owner_query)
         self._stack.push_async_callback(owners.unsubscribe)
-        turning = asyncio.create_task(self._wheel.turn(), name=f"heartbeats {self.record.id}")
-        self._stack.callback(turning.cancel)
+        for beside in (self._wheel.turn(), self._watch_deadlines()):
+            self._stack.callback(self._loop.create_task(beside, name=f"beside {self.record.id}").cancel)
         for role, pool in self._pools.items():
             lane = Lane(self._bus, work_stream(self.record.id), role, self._receive)
             await lane.open()
@@ -153,7 +150,7 @@ class Session:
             held.beat_at = delivery.beat_at
             return
         work = self._admit if delivery.role == LEASE_ROLE else self._hop
-        task = self._loop.create_task(self._settle(delivery, work))
+        task = delivery.task = self._loop.create_task(self._settle(delivery, work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -234,7 +231,7 @@ class Session:
         message.calls += 1
         history = message.history
         made = len(history)
-        started = time.perf_counter()
+        started = time.monotonic()
         llms: list[LLM] = []
 
         def make_llm() -> LLM:
@@ -252,18 +249,24 @@ class Session:
             return llm
 
         delivery.running = True
-        served.in_flight.inc()
+        delivery.deadline = started + served.settings.timeout_s
+        served.stats.in_flight += 1
         problem: Exception | None = None
         try:
-            async with asyncio.timeout(served.settings.timeout_s):
-                result, state = await served.call(message, make_llm)
+            result, state = await served.call(message, make_llm)
+        except asyncio.CancelledError:
+            if delivery.deadline != _EXPIRED:
+                raise  # the worker stops: the hop is handed back
+            delivery.task.uncancel()
+            problem = TimeoutError(f"the handler took longer than {served.settings.timeout_s:g} s")
         except Exception as raised:  # a failed row is data: whatever a handler raises ends up in its outcome
             problem = raised
         finally:
-            served.in_flight.dec()
-            spent_s = time.perf_counter() - started
+            delivery.deadline = 0.0
+            served.stats.in_flight -= 1
+            spent_s = time.monotonic() - started
             message.handler_s += spent_s
-            served.seconds.observe(spent_s)
+            served.stats.observe(spent_s)
         for llm in llms:
             self._account(message, llm, len(history) - made)
         # Still the owner while publishing: the answer is here, nobody else should work for it.
@@ -278,7 +281,7 @@ class Session:
                 return
             await self._moves.move(delivery, following, body, lease)
             await self._moves.ack(delivery)
-            served.count("advance")
+            served.stats.settled["advance"] += 1
         else:
             message.state = state
             await self._finish(delivery, message, result.kind, result.reason, lease)
@@ -314,7 +317,7 @@ class Session:
         log.info("worker.retry", attempt=message.attempt, error=str(error))
         await self._moves.move(delivery, again, body, lease)
         await self._moves.ack(delivery)
-        served.count("retry")
+        served.stats.settled["retry"] += 1
 
     async def _fail(self, delivery: Delivery, message: Orchestrator, error: Exception, lease: str) -> None:
         message.errors = [*message.errors, describe(error, message, time.time())]
@@ -327,7 +330,7 @@ class Session:
         if await self._moves.outcome(delivery, record, lease):
             telemetry.OUTCOMES.labels(self.flow.name, kind).inc()
         if delivery.role != LEASE_ROLE:
-            self._served[delivery.role].count("outcome")
+            self._served[delivery.role].stats.settled["outcome"] += 1
 
     async def _bury(self, delivery: Delivery, error: RowError) -> None:
         """Bytes that nobody can read: kept for a person to see, and the row ends as failed."""
@@ -359,6 +362,16 @@ class Session:
                 await asyncio.sleep(delay)
             finally:
                 pool.busy += 1
+
+    async def _watch_deadlines(self) -> None:
+        """Ends handlers whose time is up. One sweep for all: a timer for each would cost more than it ends."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            now = time.monotonic()
+            for delivery in list(self._held.values()):
+                if 0.0 < delivery.deadline < now:
+                    delivery.deadline = _EXPIRED
+                    delivery.task.cancel()
 
     # --- who executes what --------------------------------------------------------------------------------------
 

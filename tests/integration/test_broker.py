@@ -118,9 +118,7 @@ def test_ensure_starts_once_and_stop_stops(service: LocalService) -> None:
 
 
 def test_eight_processes_at_once_get_one_broker(service: LocalService) -> None:
-    children = [
-        subprocess.Popen([sys.executable, "-c", ENSURE], stdout=subprocess.PIPE, text=True) for _ in range(8)
-    ]
+    children = [subprocess.Popen([sys.executable, "-c", ENSURE], stdout=subprocess.PIPE, text=True) for _ in range(8)]
     answers = [child.communicate(timeout=50)[0].split() for child in children]
     assert [child.returncode for child in children] == [0] * 8
     assert len({(url, pid) for url, pid, _ in answers}) == 1

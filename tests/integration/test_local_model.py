@@ -32,9 +32,7 @@ def chat(url: str, text: str, max_tokens: int = 16) -> dict[str, Any]:
         "max_tokens": max_tokens,
         "temperature": 0,
     }
-    request = Request(
-        f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    request = Request(f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urlopen(request, timeout=120) as reply:
         answer: dict[str, Any] = json.load(reply)
     return answer
@@ -131,9 +129,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, model_url: str) -> None:
         assert "Traceback" not in done.stderr
 
 
-def test_without_xllamacpp_the_advice_is_to_install_it(
-    service: LocalService, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_xllamacpp_the_advice_is_to_install_it(service: LocalService, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(UsageError, match=r"matrix-bus\[local\]"):
         service.ensure()

@@ -12,9 +12,9 @@ from typing import Any
 from urllib.error import URLError
 
 import pytest
-from matrix_serving import MODEL_NAME, model, resolve_model, served_name
 
 from matrix_bus.errors import UsageError
+from matrix_serving import MODEL_NAME, model, resolve_model, served_name
 
 WEIGHTS = b"GGUF" + bytes(1000)
 

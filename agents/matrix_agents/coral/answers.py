@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Sequence
 
-from .state import Turn
-
-LETTERS = string.ascii_uppercase
+from .state import LETTERS, Turn
 
 _PARENTHESISED = re.compile(r"\(\s*([A-Z])\s*\)")
-_LABEL = re.compile(r"^\W*([A-Z])(?:[).:]|\W*$)")
-_PHRASE = re.compile(r"\banswer(?:\s+is)?\s*:?\s*([A-Z])\b", re.IGNORECASE)
+_LABEL = re.compile(r"^\W*([A-Z])(?:[).:]|[^\w\n]*(?:\n|$))")
+_PHRASE = re.compile(r"(?i:\banswer(?:\s+is|\s*:))[\s:*]*([A-Z])\b")
 
 
 def parse_answer(reply: str, options: int) -> str | None:
     """The letter that an extractor's reply names, or None for "not sure yet".
 
-    The first parenthesised letter counts; else one that the reply begins with, as a label; else one after "answer
-    is". A letter beyond the options does not count, nor does a reply that says "not sure" before it names one.
+    The first parenthesised letter counts; else one that the reply begins with, as a label or alone on its line; else
+    one after "answer is" or "answer:". A small letter does not count ("the answer is a guess"), nor one beyond the
+    options, nor a reply that says "not sure" before it names one: a letter too few costs a turn, one too many may
+    make an agreement that never was.
     """
     valid = LETTERS[:options]
     unsure = reply.lower().find("not sure")
     for pattern in (_PARENTHESISED, _LABEL, _PHRASE):
         for match in pattern.finditer(reply):
-            letter = match[1].upper()
+            letter = match[1]
             if letter in valid:
                 return None if 0 <= unsure < match.start() else letter
     return None

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import matrix_bus as mb
 
-from .answers import LETTERS
-from .state import Discussion, Turn
+from .state import LETTERS, Discussion, Turn
 
 _CLOSE = "End with one line: The answer is (X). X is the letter of an option."
 
@@ -56,8 +53,3 @@ def extraction(turn: Turn) -> list[mb.Message]:
     """What the extractor is asked about a message."""
     shown = [message for text, letter in _EXAMPLES for message in (mb.user(f"Message:\n{text}"), mb.assistant(letter))]
     return [mb.system(_EXTRACT), *shown, mb.user(f"Message:\n{turn.text}")]
-
-
-def speakers(turns: Sequence[Turn]) -> str:
-    """Whose turn is next."""
-    return "solver" if not turns or turns[-1].agent == "reviewer" else "reviewer"

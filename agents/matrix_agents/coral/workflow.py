@@ -8,10 +8,10 @@ from typing import Any
 import matrix_bus as mb
 
 from .answers import agreed_answer, parse_answer
-from .prompts import conversation, extraction, speakers
+from .prompts import conversation, extraction
 from .state import CoralConfig, Discussion, Turn
 
-# Sampling of the paper's experiment (arXiv 2511.21686, §5.1).
+# As in the configuration that was released with the paper (facebookresearch/matrix, coral_resources.yaml).
 _AGENT = mb.Sampling(temperature=0.2, top_p=0.9, max_tokens=1024)
 _EXTRACTOR = mb.Sampling(temperature=0.0, max_tokens=32)
 
@@ -31,19 +31,20 @@ flow = mb.Workflow(
 @flow.role(sampling=_AGENT)
 async def solver(row: mb.Row[Discussion], llm: mb.LLM) -> mb.Next:
     """Proposes an answer and defends or changes it."""
-    return await _speak("solver", row, llm)
+    await _speak("solver", row, llm)
+    return mb.to("extractor")
 
 
 @flow.role(sampling=_AGENT)
 async def reviewer(row: mb.Row[Discussion], llm: mb.LLM) -> mb.Next:
     """Checks the solver's reasoning and gives an answer of its own."""
-    return await _speak("reviewer", row, llm)
+    await _speak("reviewer", row, llm)
+    return mb.to("extractor")
 
 
-async def _speak(agent: str, row: mb.Row[Discussion], llm: mb.LLM) -> mb.Next:
+async def _speak(agent: str, row: mb.Row[Discussion], llm: mb.LLM) -> None:
     reply = await llm.chat(conversation(agent, row.state))
     row.state.coral_turns.append(Turn(agent, reply.text))
-    return mb.to("extractor")
 
 
 @flow.role(sampling=_EXTRACTOR)
@@ -64,7 +65,9 @@ async def matcher(row: mb.Row[Discussion], config: CoralConfig) -> mb.Next | mb.
         return mb.success("agreement")
     if len(turns) >= config.max_turns:
         return mb.filtered("no_agreement")
-    return mb.to(speakers(turns))
+    if turns[-1].agent == "solver":
+        return mb.to("reviewer")
+    return mb.to("solver")
 
 
 @flow.metrics
