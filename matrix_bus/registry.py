@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 from nats.aio.msg import Msg
 
-from .bus import STREAM_NOT_FOUND, Bus, is_lost_race
+from .bus import STREAM_NOT_FOUND, Bus, Stored, is_lost_race
 from .config import RunConfig
 from .errors import BusError, NobodyListens, PublishRefused, RunError
 from .orchestrator import LEASE_ROLE, is_token, outcome_stream, work_stream
@@ -206,8 +206,17 @@ async def runs(bus: Bus) -> list[RunRecord]:
         stored = await bus.snapshot(_KEYS, _key(">"))
     except NobodyListens:
         return []  # no run was ever submitted here: the bucket does not exist yet
-    records = [_decode.decode(message.data) for message in stored]
+    records = [record for message in stored if (record := _readable(message)) is not None]
     return sorted((r for r in records if r.state != "deleted"), key=lambda r: r.created_at)
+
+
+def _readable(message: Stored) -> RunRecord | None:
+    """One run that a newer version wrote must not keep a worker from all others."""
+    try:
+        return _decode.decode(message.data)
+    except msgspec.DecodeError as error:
+        log.warning("registry.unreadable_run", key=message.subject, error=str(error))
+        return None
 
 
 async def update(bus: Bus, run: str, **changes: Any) -> RunRecord:

@@ -257,7 +257,12 @@ class Tally:
         self.first_at = min(self.first_at or admitted, admitted)
         self.last_at = max(self.last_at, finished)
         if self._flow is not None and self._flow.name == record.workflow:
-            for name, value in self._flow.measure(record).items():
+            try:
+                measured = self._flow.measure(record)
+            except Exception as error:  # the user's function: its mistake must not cost the output
+                log.warning("run.metrics_failed", row=record.row, error=repr(error))
+                return
+            for name, value in measured.items():
                 self._sums[name] += value  # type: ignore[assignment]  # a Counter of floats
                 self._counts[name] += 1
 

@@ -16,7 +16,7 @@ import msgspec
 from ..config import Sampling, parse
 from ..errors import ConfigError, RowError, WorkflowError
 from ..llm import LLM
-from ..orchestrator import LEASE_ROLE, UNREADABLE, OutcomeRecord, is_token
+from ..orchestrator import LEASE_ROLE, OutcomeRecord, is_token
 from .row import S, to
 
 H = TypeVar("H", bound=Callable[..., Any])
@@ -168,7 +168,7 @@ class Workflow(Generic[S]):
         """The state of a new row, from its input line. Raises `RowError` if the line does not fit."""
         try:
             return self._decoder.decode(line)
-        except UNREADABLE as error:
+        except Exception as error:  # also what a struct's own __post_init__ raises
             raise RowError(f"the input does not fit workflow {self.name!r}: {error}") from None
 
     def decode_state(self, state: bytes) -> S:

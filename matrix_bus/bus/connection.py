@@ -18,10 +18,10 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from ..errors import (
+    BusError,
     BusTimeout,
     BusUnavailable,
     BusUnsuitable,
-    MatrixBusError,
     NobodyListens,
     PublishRefused,
 )
@@ -55,6 +55,7 @@ class Bus:
         self._waiting: dict[str, tuple[asyncio.Future[Msg], float]] = {}
         self._batches: dict[str, asyncio.Queue[Msg | None]] = {}
         self._sweeper: asyncio.Task[None] | None = None
+        self._after_reconnect: asyncio.Task[None] | None = None
         self._closing = False
         # Kept, since asking for the running loop costs a system call in Python 3.11, some five times a hop.
         self._loop = asyncio.get_running_loop()
@@ -127,8 +128,9 @@ class Bus:
     async def close(self) -> None:
         """Flushes what was sent and ends the connection. Calls that still wait get `BusTimeout`."""
         self._closing = True
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for task in (self._sweeper, self._after_reconnect):
+            if task is not None:
+                task.cancel()
         if self.nc.is_connected:
             with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
                 await self.nc.flush(timeout=2)
@@ -330,10 +332,14 @@ class Bus:
         self.epoch += 1
         self._up.set()
         log.warning("bus.reconnected", url=self.url)
+        # In a task: the client must go on reading, and notice the next loss, while they talk to the broker.
+        self._after_reconnect = self._loop.create_task(self._call_back())
+
+    async def _call_back(self) -> None:
         for callback in list(self._reconnected):
             try:
                 await callback()
-            except MatrixBusError as error:  # lost again already: the next reconnect calls it again
+            except BusError as error:  # lost again already: the next reconnect calls it again
                 log.debug("bus.reconnect_callback_failed", error=str(error))
 
     def _fail_waiting(self, why: str) -> None:

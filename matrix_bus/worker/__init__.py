@@ -148,7 +148,11 @@ class Worker:
             }
             resolve = await self._models.resolver(record.config, aliases)
             session = Session(self._bus, record, flow, pools, self._pump, self._executors, resolve)
-            await session.open()
+            try:
+                await session.open()
+            except BaseException:
+                await session.close(0)
+                raise
         except BusError as error:
             log.warning("worker.run_not_opened", run=record.id, error=str(error))
         except MatrixBusError as error:

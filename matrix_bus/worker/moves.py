@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from ..bus import Bus, is_lost_race
-from ..errors import BusError, BusTimeout, BusUnavailable, PublishRefused
+from ..errors import BusError, BusTimeout, BusUnavailable, PublishRefused, RowError
 from ..orchestrator import (
     HEADER_LEASE,
     Orchestrator,
@@ -59,7 +59,7 @@ class Moves:
 
     async def last_sequence(self) -> int:
         """Sequence of the newest message of the work stream."""
-        return await self._bus.last_sequence(self._work)
+        return await self._patiently(lambda: self._bus.last_sequence(self._work))
 
     async def is_last(self, delivery: Delivery) -> bool:
         """True if the delivery is the newest message of its row: nobody has moved the row on."""
@@ -71,7 +71,10 @@ class Moves:
         return await self._patiently(lambda: self._bus.last_of(self._outcomes, subject)) != 0
 
     async def move(self, delivery: Delivery, message: Orchestrator, body: bytes, lease: str) -> bool:
-        """Publishes the row's next message. True if it is stored, False if somebody else had moved the row on."""
+        """Publishes the row's next message. True if it is stored, False if somebody else had moved the row on.
+
+        Raises `RowError` if the broker will never take it.
+        """
         subject = hop_subject(self._run, message.role, message.n, message.hop)
         headers = {
             "Nats-Msg-Id": message_id(self._run, message.n, message.generation, message.hop, message.attempt),
@@ -88,7 +91,7 @@ class Moves:
                     if not await self.is_last(delivery) or await self.has_outcome(message.n, message.generation):
                         return False
                 elif error.code not in _TRY_AGAIN:
-                    raise
+                    raise RowError(f"the broker does not take the row's next message: {error}") from None
                 else:
                     log.warning("worker.broker_refuses", reason=str(error), advice="the hop is kept and sent again")
             except (BusTimeout, BusUnavailable):

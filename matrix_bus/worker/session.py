@@ -14,9 +14,7 @@ from nats.aio.msg import Msg
 from .. import telemetry
 from ..agent import Next, Workflow
 from ..bus import Bus, Lane
-from ..config import RoleConfig
 from ..errors import BusError, MatrixBusError, RowError
-from ..llm import LLM, ModelPool
 from ..orchestrator import (
     HEADER_LEASE,
     LEASE_ROLE,
@@ -40,26 +38,13 @@ from .handlers import Caller, Executors
 from .heartbeat import Wheel
 from .moves import Moves
 from .pulling import Pool, Pump
+from .served import EXPIRED, Resolve, Served
 
 OWNER_ANSWERS_WITHIN_S = 0.1
 _SWEEP_S = 0.5
-_EXPIRED = -1.0
+_EVERYTHING = 1 << 63
 
 log = telemetry.logger("worker")
-
-
-class _Served:
-    """A role of the run as this worker serves it."""
-
-    def __init__(self, session: Session, name: str, pool: Pool, caller: Caller) -> None:
-        flow = session.flow
-        role = flow.roles[name]
-        self.settings: RoleConfig = session.record.config.role(name)
-        self.pool = pool
-        self.call = caller
-        self.alias = self.settings.model or role.model
-        self.sampling = self.settings.sampling.over(session.record.config.llm.sampling).over(role.sampling)
-        self.stats = telemetry.role_stats(flow.name, name)
 
 
 class Session:
@@ -73,7 +58,7 @@ class Session:
         pools: Mapping[str, Pool],
         pump: Pump,
         executors: Executors,
-        resolve: Callable[[str | None], ModelPool],
+        resolve: Resolve,
     ) -> None:
         self.record = record
         self.flow = flow
@@ -82,10 +67,10 @@ class Session:
         self._bus = bus
         self._pools = pools
         self._pump = pump
-        self._resolve = resolve
         self._moves = Moves(bus, record.id)
         self._wheel = Wheel(bus, record.config.ack_wait_s)
         self._old_until = 0
+        self._epoch = -1
         self._held: dict[int, Delivery] = {}
         """By stream sequence."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -95,14 +80,21 @@ class Session:
         self._stack = contextlib.AsyncExitStack()
         config = flow.parse_config(record.config.workflow)
         self._served = {
-            name: _Served(self, name, pool, Caller(flow, flow.roles[name], config, executors, record.config.trials))
+            name: Served(
+                record,
+                flow,
+                name,
+                pool,
+                Caller(flow, flow.roles[name], config, executors, record.config.trials),
+                resolve,
+            )
             for name, pool in pools.items()
             if name != LEASE_ROLE
         }
 
     async def open(self) -> None:
         """Starts to admit and to serve. Raises `BusError`."""
-        self._old_until = await self._moves.last_sequence()
+        await self._note_queue_end()
         self._stack.callback(self._bus.on_reconnect(self._reconnected))
         owners = await self._bus.nc.subscribe(self._owner_subject, cb=self._answer_owner_query)
         self._stack.push_async_callback(owners.unsubscribe)
@@ -143,7 +135,8 @@ class Session:
     # --- arriving -----------------------------------------------------------------------------------------------
 
     def _receive(self, message: Msg) -> None:
-        delivery = Delivery(message, self._old_until)
+        # Until the queue's end is known again after a reconnect, everything counts as old.
+        delivery = Delivery(message, self._old_until if self._epoch == self._bus.epoch else _EVERYTHING)
         self.touched_at = delivery.beat_at
         if (held := self._held.get(delivery.seq)) is not None:
             held.ack_subject = delivery.ack_subject
@@ -228,63 +221,29 @@ class Session:
         served = self._served[delivery.role]
         if message.not_before:
             await self._wait_until(message.not_before, served.pool)
-        message.calls += 1
-        history = message.history
-        made = len(history)
-        started = time.monotonic()
-        llms: list[LLM] = []
-
-        def make_llm() -> LLM:
-            llm = LLM(
-                self._resolve,
-                served.alias,
-                served.sampling,
-                history,
-                role=message.role,
-                hop=message.hop,
-                attempt=message.attempt,
-                seed=message.seed,
-            )
-            llms.append(llm)
-            return llm
-
-        delivery.running = True
-        delivery.deadline = started + served.settings.timeout_s
-        served.stats.in_flight += 1
-        problem: Exception | None = None
-        try:
-            result, state = await served.call(message, make_llm)
-        except asyncio.CancelledError:
-            if delivery.deadline != _EXPIRED:
-                raise  # the worker stops: the hop is handed back
-            delivery.task.uncancel()
-            problem = TimeoutError(f"the handler took longer than {served.settings.timeout_s:g} s")
-        except Exception as raised:  # a failed row is data: whatever a handler raises ends up in its outcome
-            problem = raised
-        finally:
-            delivery.deadline = 0.0
-            served.stats.in_flight -= 1
-            spent_s = time.monotonic() - started
-            message.handler_s += spent_s
-            served.stats.observe(spent_s)
-        for llm in llms:
-            self._account(message, llm, len(history) - made)
+        result, message.state = await served.handle(delivery, message)
         # Still the owner while publishing: the answer is here, nobody else should work for it.
-        if problem is not None:
-            await self._after_error(delivery, message, problem, lease)
+        if isinstance(result, Exception):
+            await self._after_error(delivery, message, result, lease)
         elif isinstance(result, Next):
-            message.state = state
-            following = advance(message, result.role)
-            body = encode(following)
-            if len(body) > self._moves.limit_bytes:
-                await self._fail(delivery, message, too_large(len(body), self._moves.limit_bytes), lease)
-                return
-            await self._moves.move(delivery, following, body, lease)
-            await self._moves.ack(delivery)
-            served.stats.settled["advance"] += 1
+            await self._forward(delivery, message, advance(message, result.role), lease, "advance")
         else:
-            message.state = state
             await self._finish(delivery, message, result.kind, result.reason, lease)
+
+    async def _forward(
+        self, delivery: Delivery, message: Orchestrator, following: Orchestrator, lease: str, how: str
+    ) -> None:
+        """Moves the row on, be it to the next role or to the same one again; a row that cannot travel fails."""
+        body = encode(following)
+        try:
+            if len(body) > self._moves.limit_bytes:
+                raise too_large(len(body), self._moves.limit_bytes)
+            await self._moves.move(delivery, following, body, lease)
+        except RowError as error:
+            await self._fail(delivery, message, error, lease)
+            return
+        await self._moves.ack(delivery)
+        self._served[delivery.role].stats.settled[how] += 1
 
     async def _is_ours(self, delivery: Delivery, message: Orchestrator, lease: str) -> bool:
         """Whether a delivery that may have been handled before still needs a handler. If not, it is settled."""
@@ -305,19 +264,13 @@ class Session:
     async def _after_error(self, delivery: Delivery, message: Orchestrator, error: Exception, lease: str) -> None:
         served = self._served[message.role]
         transient = isinstance(error, TimeoutError) or (isinstance(error, MatrixBusError) and error.transient)
-        if not transient or message.attempt >= served.settings.max_attempts:
+        if not transient or message.attempt >= served.max_attempts:
             await self._fail(delivery, message, error, lease)
             return
         now = time.time()
         again = retry(message, describe(error, message, now), now + backoff_s(message.attempt, error))
-        body = encode(again)
-        if len(body) > self._moves.limit_bytes:
-            await self._fail(delivery, message, error, lease)
-            return
         log.info("worker.retry", attempt=message.attempt, error=str(error))
-        await self._moves.move(delivery, again, body, lease)
-        await self._moves.ack(delivery)
-        served.stats.settled["retry"] += 1
+        await self._forward(delivery, message, again, lease, "retry")
 
     async def _fail(self, delivery: Delivery, message: Orchestrator, error: Exception, lease: str) -> None:
         message.errors = [*message.errors, describe(error, message, time.time())]
@@ -344,14 +297,6 @@ class Session:
         message.hop = delivery.hop
         await self._fail(delivery, message, error, delivery.headers.get(HEADER_LEASE, ""))
 
-    def _account(self, message: Orchestrator, llm: LLM, calls: int) -> None:
-        usage = llm.usage
-        before = message.usage.get(message.role)
-        message.usage = {**message.usage, message.role: usage if before is None else before + usage}
-        telemetry.MODEL_CALLS.labels(self.flow.name, message.role).inc(calls)
-        telemetry.TOKENS.labels(self.flow.name, message.role, "prompt").inc(usage.prompt_tokens)
-        telemetry.TOKENS.labels(self.flow.name, message.role, "completion").inc(usage.completion_tokens)
-
     async def _wait_until(self, not_before: float, pool: Pool) -> None:
         """A retry waits for its time under heartbeat, and without a slot."""
         delay = not_before - time.time()
@@ -370,7 +315,7 @@ class Session:
             now = time.monotonic()
             for delivery in list(self._held.values()):
                 if 0.0 < delivery.deadline < now:
-                    delivery.deadline = _EXPIRED
+                    delivery.deadline = EXPIRED
                     delivery.task.cancel()
 
     # --- who executes what --------------------------------------------------------------------------------------
@@ -389,8 +334,13 @@ class Session:
 
     async def _reconnected(self) -> None:
         """A restarted broker forgets delivery counts: all that is in the queue now may have been handled before."""
-        self._old_until = await self._moves.last_sequence()
+        await self._note_queue_end()
         self._pump.touch_all()
+
+    async def _note_queue_end(self) -> None:
+        epoch = self._bus.epoch
+        self._old_until = await self._moves.last_sequence()
+        self._epoch = epoch
 
 
 def _generation(headers: Mapping[str, str]) -> int:

@@ -1,0 +1,98 @@
+"""One role of a run as this worker serves it: its settings, and a handler call with all that may come of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .. import telemetry
+from ..agent import Next, Outcome, Workflow
+from ..errors import HandlerError
+from ..llm import LLM, ModelPool
+from ..orchestrator import Orchestrator
+from ..registry import RunRecord
+from .delivery import Delivery
+from .handlers import Caller
+from .pulling import Pool
+
+EXPIRED = -1.0
+"""The deadline of a delivery whose handler was ended because its time was up."""
+
+Resolve = Callable[[str | None], ModelPool]
+Handled = tuple[Next | Outcome | Exception, bytes]
+"""What the handler decided, or what went wrong; and the state as it left it."""
+
+
+class Served:
+    """Calls the handler; the row's message takes what the call cost, whether it succeeds or not."""
+
+    def __init__(
+        self, record: RunRecord, flow: Workflow[Any], name: str, pool: Pool, caller: Caller, resolve: Resolve
+    ) -> None:
+        role = flow.roles[name]
+        settings = record.config.role(name)
+        self.pool = pool
+        self.max_attempts = settings.max_attempts
+        self.stats = telemetry.role_stats(flow.name, name)
+        self._workflow = flow.name
+        self._timeout_s = settings.timeout_s
+        self._call = caller
+        self._resolve = resolve
+        self._alias = settings.model or role.model
+        self._sampling = settings.sampling.over(record.config.llm.sampling).over(role.sampling)
+
+    async def handle(self, delivery: Delivery, message: Orchestrator) -> Handled:
+        """Raises `CancelledError` if the worker stops; whatever else happens is returned."""
+        message.calls += 1
+        llms: list[LLM] = []
+
+        def make_llm() -> LLM:
+            llm = LLM(
+                self._resolve,
+                self._alias,
+                self._sampling,
+                message.history,
+                role=message.role,
+                hop=message.hop,
+                attempt=message.attempt,
+                seed=message.seed,
+            )
+            llms.append(llm)
+            return llm
+
+        started = time.monotonic()
+        delivery.running = True
+        delivery.deadline = started + self._timeout_s
+        self.stats.in_flight += 1
+        try:
+            return await self._call(message, make_llm)
+        except asyncio.CancelledError:
+            if delivery.deadline == EXPIRED:
+                delivery.task.uncancel()
+                return TimeoutError(f"the handler took longer than {self._timeout_s:g} s"), message.state
+            if delivery.task.cancelling():
+                raise  # the worker stops: the hop is handed back
+            # Of the handler's own making: handed back it would come again for ever.
+            return HandlerError(f"role {message.role!r} let a CancelledError out"), message.state
+        except SystemExit:
+            return HandlerError(f"role {message.role!r} called exit"), message.state
+        except Exception as error:  # a failed row is data: whatever a handler raises ends up in its outcome
+            return error, message.state
+        finally:
+            delivery.deadline = 0.0
+            self.stats.in_flight -= 1
+            spent_s = time.monotonic() - started
+            message.handler_s += spent_s
+            self.stats.observe(spent_s)
+            for llm in llms:
+                self._account(message, llm)
+
+    def _account(self, message: Orchestrator, llm: LLM) -> None:
+        usage = llm.usage
+        before = message.usage.get(message.role)
+        message.usage = {**message.usage, message.role: usage if before is None else before + usage}
+        telemetry.MODEL_CALLS.labels(self._workflow, message.role).inc(usage.calls)
+        telemetry.TOKENS.labels(self._workflow, message.role, "prompt").inc(usage.prompt_tokens)
+        telemetry.TOKENS.labels(self._workflow, message.role, "completion").inc(usage.completion_tokens)
