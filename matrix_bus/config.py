@@ -142,17 +142,19 @@ def parse(plain: Any, kind: type[T], at: str = "") -> T:
     try:
         return msgspec.convert(plain, kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(_explain(str(error), kind, at)) from None
+        raise ConfigError(_explain(str(error), plain, kind, at)) from None
 
 
-def _explain(message: str, kind: type, at: str) -> str:
+def _explain(message: str, plain: Any, kind: type, at: str) -> str:
     what, _, path = message.partition(" - at ")
     path = path.strip("`").removeprefix("$").lstrip(".")
     where = ".".join(p for p in (at, path) if p) or "the top level"
-    hint = ""
+    found = plain
+    for word in filter(None, path.split(".")):
+        found = found.get(word) if isinstance(found, dict) else None
+    hint = "" if isinstance(found, dict | list) or found is None else f", in {found!r:.100}"
     if "unknown field" in what:
-        found = what.rsplit("`", 2)[-2]
-        near = difflib.get_close_matches(found, _fields_at(kind, path), n=1)
+        near = difflib.get_close_matches(what.rsplit("`", 2)[-2], _fields_at(kind, path), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"setting at {where}: {what}{hint}"
 

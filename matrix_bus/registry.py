@@ -28,7 +28,7 @@ DEAD = "mb_dead"
 """Stream of messages that nobody could read, with the reason in a header."""
 
 LEASE_ACK_WAIT_S = 300.0
-_RELIST_S = 5.0
+_RELIST_S = 2.0
 _NS = 1_000_000_000
 
 log = logger("registry")
@@ -148,9 +148,11 @@ async def create(bus: Bus, record: RunRecord) -> None:
             "storage": "file",
         },
     )
-    await _consumer(bus, record.id, LEASE_ROLE, LEASE_ACK_WAIT_S, record.config.max_in_flight)
+    # A row whose worker dies before it has set the row off comes back soon; one that travels is asked about seldom.
+    waits_s = [record.config.ack_wait_s, max(record.config.ack_wait_s, LEASE_ACK_WAIT_S)]
+    await _consumer(bus, record.id, LEASE_ROLE, waits_s, record.config.max_in_flight)
     for role in record.roles:
-        await _consumer(bus, record.id, role, record.config.ack_wait_s, -1)
+        await _consumer(bus, record.id, role, [record.config.ack_wait_s], -1)
     record.created_at = record.created_at or time.time()
     try:
         fence = {"Nats-Expected-Last-Subject-Sequence": "0"}
@@ -161,7 +163,8 @@ async def create(bus: Bus, record: RunRecord) -> None:
         raise
 
 
-async def _consumer(bus: Bus, run: str, role: str, ack_wait_s: float, max_ack_pending: int) -> None:
+async def _consumer(bus: Bus, run: str, role: str, waits_s: list[float], max_ack_pending: int) -> None:
+    """`waits_s` is AckWait after the first, second, … delivery; the last holds for all that follow."""
     await bus.api(
         f"CONSUMER.CREATE.{work_stream(run)}.{role}.q.{run}.{role}.*.*",
         {
@@ -171,7 +174,8 @@ async def _consumer(bus: Bus, run: str, role: str, ack_wait_s: float, max_ack_pe
                 "name": role,
                 "filter_subject": f"q.{run}.{role}.*.*",
                 "ack_policy": "explicit",
-                "ack_wait": int(ack_wait_s * _NS),
+                "ack_wait": int(waits_s[0] * _NS),
+                **({"backoff": [int(wait_s * _NS) for wait_s in waits_s]} if len(waits_s) > 1 else {}),
                 "max_deliver": -1,  # a finite one strands messages
                 "max_ack_pending": max_ack_pending,
                 "max_waiting": 16_384,
@@ -203,7 +207,7 @@ async def require(bus: Bus, run: str) -> RunRecord:
 async def runs(bus: Bus) -> list[RunRecord]:
     """All runs that are not deleted, oldest first."""
     try:
-        stored = await bus.snapshot(_KEYS, _key(">"))
+        stored = [message async for message in bus.read(_KEYS)]  # the bucket keeps the newest of each key
     except NobodyListens:
         return []  # no run was ever submitted here: the bucket does not exist yet
     records = [record for message in stored if (record := _readable(message)) is not None]

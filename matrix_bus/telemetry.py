@@ -41,7 +41,14 @@ def _add_hop(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping
 
 def configure_logs(*, level: str = "warning", json: bool = False) -> None:
     """Sets up logging of a matrix-bus process: lines for people, or one JSON object a line."""
-    renderer: Any = structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer(colors=False)
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if json
+        else structlog.dev.ConsoleRenderer(
+            colors=False,
+            exception_formatter=structlog.dev.plain_traceback,  # the other one prints locals: rows, keys
+        )
+    )
     processors: list[Any] = [
         _add_hop,
         structlog.processors.add_log_level,

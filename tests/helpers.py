@@ -7,7 +7,7 @@ import contextlib
 import inspect
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 from matrix_bus import OutcomeRecord, RunConfig, Workflow, registry, run
@@ -21,14 +21,15 @@ T = TypeVar("T")
 _POLL_S = 0.01
 
 
-async def until(condition: Callable[[], T | Awaitable[T]], what: str, timeout_s: float = 15.0) -> T:
-    """The condition's first true value; fails with `what` if there is none in time."""
+async def until(condition: Callable[[], Any], what: str, timeout_s: float = 15.0) -> Any:
+    """The first true value of a condition, plain or awaitable; fails with `what` if there is none in time."""
     deadline = time.monotonic() + timeout_s
     while True:
         value = condition()
-        found: T = await value if inspect.isawaitable(value) else value
-        if found:
-            return found
+        if inspect.isawaitable(value):
+            value = await value
+        if value:
+            return value
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s:g} s: {what}")
         await asyncio.sleep(_POLL_S)
@@ -81,11 +82,8 @@ async def submitted(
 
 async def all_outcomes(bus: Bus, record: RunRecord, timeout_s: float = 20.0) -> list[OutcomeRecord]:
     """The outcomes of a run, by row, once it is complete."""
-    found: list[OutcomeRecord] = []
     async with asyncio.timeout(timeout_s), contextlib.aclosing(run.outcomes(bus, record.id)) as stream:
-        async for message in stream:
-            if message is not None:
-                found.append(decode_outcome(message.data))
+        found = [decode_outcome(message.data) async for message in stream if message is not None]
     return sorted(found, key=lambda outcome: outcome.row)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import itertools
+import math
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -48,6 +49,8 @@ class Bus:
         self.nc = client
         self.epoch = 0
         """Counts reconnects: what was pulled or heartbeated in an older epoch may be forgotten by the broker."""
+        self.reconnected_at = -math.inf
+        """On the monotonic clock."""
         self._up = asyncio.Event()
         self._reconnected: list[Reconnected] = []
         self._inbox = client.new_inbox() + "."
@@ -260,10 +263,6 @@ class Bus:
             if count == 0:
                 return
 
-    async def snapshot(self, stream: str, subject: str) -> list[Stored]:
-        """The last message on each subject that matches, as of now."""
-        return [message async for message in self._direct(stream, {"multi_last": [subject]})]
-
     async def _direct(self, stream: str, query: dict[str, Any]) -> AsyncIterator[Stored]:
         await self._up.wait()
         token = str(next(self._tokens))
@@ -330,6 +329,7 @@ class Bus:
 
     async def _on_reconnect(self) -> None:
         self.epoch += 1
+        self.reconnected_at = time.monotonic()
         self._up.set()
         log.warning("bus.reconnected", url=self.url)
         # In a task: the client must go on reading, and notice the next loss, while they talk to the broker.

@@ -7,17 +7,19 @@ is subtracted again.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import nats.errors
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from .connection import Bus
 
-EXPIRES_S = 30.0
+EXPIRES_S = 10.0
 HEARTBEAT_S = 5.0
 """The broker says every so often that a request still waits: two missed ones and it is asked anew."""
 _BACKOFF_S = 0.5
@@ -51,9 +53,12 @@ class Lane:
         )
 
     async def close(self) -> None:
-        """Stops listening. What arrives after this is redelivered after AckWait, so hand back first."""
-        if self._subscription is not None and not self._bus.nc.is_closed:
-            await self._subscription.unsubscribe()
+        """Stops listening, once what is on its way has arrived: what is dropped would come back after AckWait only."""
+        subscription, self._subscription = self._subscription, None
+        if subscription is None or self._bus.nc.is_closed:
+            return
+        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):  # disconnected: nothing more can come
+            await subscription.drain()  # type: ignore[no-untyped-call]
 
     def room(self, wanted: int) -> int:
         """How many more to ask for so that `wanted` are under way. Forgets requests that the broker has lost."""

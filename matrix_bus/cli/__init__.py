@@ -9,6 +9,7 @@ from types import TracebackType
 import typer
 
 from ..errors import BusError, MatrixBusError, UsageError, WorkflowError
+from ..telemetry import configure_logs
 
 app = typer.Typer(
     name="matrix-bus",
@@ -27,6 +28,7 @@ def main() -> None:
     """Entry point of `matrix-bus`. A user's mistake is one message and exit code 2, never a traceback of ours."""
     from . import processes, runs  # noqa: F401 - they register their commands
 
+    configure_logs()
     try:
         app()
     except MatrixBusError as error:

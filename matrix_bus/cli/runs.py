@@ -243,6 +243,7 @@ async def _start(bus: Bus, job: _Job) -> RunRecord:
     first = next(lines)  # an unreadable file must not leave an empty run behind
     record = run.new_record(job.flow, job.config, run=job.run_id, dataset=job.dataset_name)
     record = await run.open_run(bus, record)
+    _submitting.append(record.id)
     if record.total is not None:
         say(f"run {record.id} is submitted already, with {record.total} rows: going on with it")
         return record
@@ -257,6 +258,8 @@ async def _start(bus: Bus, job: _Job) -> RunRecord:
     )
     line.clear()
     rejects.tell()
+    if done.rows == 0:
+        raise DatasetError(f"no line of {job.data} could become a row: see {rejects.path}")
     say(f"run {record.id}: {done.rows} rows submitted in {done.seconds:.1f} s")
     return record
 
@@ -266,14 +269,13 @@ async def _detach(job: _Job) -> RunRecord:
         return await _start(bus, job)
 
 
-_following: list[tuple[str, Path]] = []
+_submitting: list[str] = []
 """The run that a Ctrl-C leaves alone, for the message that says so."""
 
 
 async def _submit_and_wait(job: _Job, worker: subprocess.Popen[bytes] | None = None) -> None:
     async with await Bus.connect(job.url, name="matrix-bus submit") as bus:
         record = await _start(bus, job)
-        _following.append((record.id, job.output))
         tally = run.Tally(job.flow)
         async with _status_line(bus, record, tally, worker):
             written = await run.collect(bus, record, job.output, follow=True, tally=tally)
@@ -363,15 +365,14 @@ def _say_kept(output: dataset.Output) -> None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends the waiting, not the run, and says so."""
+    """Ctrl-C ends the waiting, not the run, and says so; so does an output that cannot be written."""
     try:
         yield
-    except KeyboardInterrupt:
-        for run_id, output in _following:
+    except (KeyboardInterrupt, DatasetError):
+        for run_id in _submitting:
             say(f"\nrun {run_id} goes on without this terminal: matrix-bus status {run_id}")
-            say(f"  its outcomes: matrix-bus collect {run_id} -o {output} --follow")
-        raise
-    except DatasetError:
-        for run_id, output in _following:
-            say(f"run {run_id} is kept: matrix-bus collect {run_id} -o {output} --follow")
+            say(
+                "  if its rows were not all submitted yet, the same command with --run " + run_id + " goes on with them"
+            )
+            say(f"  its outcomes: matrix-bus collect {run_id} -o FILE --follow")
         raise

@@ -28,16 +28,15 @@ class Pool:
 
     def asks(self, now: float) -> list[tuple[Lane, int]]:
         """(lane, messages to ask for), so that what is under way fills the free slots and never more."""
-        free = self.capacity - self.busy - sum(lane.outstanding for lane in self.lanes)
+        spare = self.capacity - self.busy
+        free = spare - sum(lane.outstanding for lane in self.lanes)
         active = [lane for lane, heard_at in self.lanes.items() if now - heard_at < _IDLE_AFTER_S]
         idle = [lane for lane in self.lanes if lane not in active]
         self._first = (self._first + 1) % len(self.lanes) if self.lanes else 0
         idle = idle[self._first :] + idle[: self._first]  # where slots are few, each lane is first in its turn
         result = []
-        spare = self.capacity - self.busy
         shares = [(lane, max(1, spare // len(active))) for lane in active]
-        most = _IDLE_ASK if active else max(1, spare // max(1, len(idle)))
-        for lane, wanted in [*((lane, min(most, spare)) for lane in idle), *shares]:
+        for lane, wanted in [*((lane, min(_IDLE_ASK, spare)) for lane in idle), *shares]:
             room = min(lane.room(wanted), free)
             if room > 0 and (room * 2 >= wanted or lane.outstanding == 0):
                 result.append((lane, room))

@@ -41,6 +41,7 @@ from .pulling import Pool, Pump
 from .served import EXPIRED, Resolve, Served
 
 OWNER_ANSWERS_WITHIN_S = 0.1
+_OWNER_RETURNS_WITHIN_S = 2.0
 _SWEEP_S = 0.5
 _EVERYTHING = 1 << 63
 
@@ -227,6 +228,9 @@ class Session:
             await self._after_error(delivery, message, result, lease)
         elif isinstance(result, Next):
             await self._forward(delivery, message, advance(message, result.role), lease, "advance")
+        elif result.kind != "failed" and len(message.state) + len(message.input) > self._moves.limit_bytes:
+            size = len(message.state) + len(message.input)
+            await self._fail(delivery, message, too_large(size, self._moves.limit_bytes), lease)
         else:
             await self._finish(delivery, message, result.kind, result.reason, lease)
 
@@ -253,13 +257,28 @@ class Session:
         if await self._moves.has_outcome(message.n, message.generation):
             await self._moves.free(delivery, lease)
             return False
+        while True:
+            asked_at = time.monotonic()
+            if await self._has_owner(delivery):
+                return False
+            # After an outage the owner may come back a moment later than we do.
+            if asked_at - self._bus.reconnected_at > _OWNER_RETURNS_WITHIN_S:
+                break
+            await asyncio.sleep(OWNER_ANSWERS_WITHIN_S)
+        # An owner that moved the row on between our look-up and our question has nothing left to answer for.
+        if await self._moves.is_last(delivery):
+            return True
+        await self._moves.ack(delivery)
+        return False
+
+    async def _has_owner(self, delivery: Delivery) -> bool:
+        """True if a living worker has the hop: it has taken over the new ack subject."""
         query = msgspec.json.encode({"seq": delivery.seq, "ack": delivery.ack_subject})
         try:
-            # A living owner takes over the new ack subject: an outage longer than AckWait repeats no model call.
             await asyncio.wait_for(self._bus.call(self._owner_subject, query), OWNER_ANSWERS_WITHIN_S)
         except (TimeoutError, BusError):
-            return True
-        return False
+            return False
+        return True
 
     async def _after_error(self, delivery: Delivery, message: Orchestrator, error: Exception, lease: str) -> None:
         served = self._served[message.role]

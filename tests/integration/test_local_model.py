@@ -15,12 +15,12 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
-from matrix_serving import MODEL_NAME, local_model, resolve_model
-from matrix_serving.local import models_at
-from matrix_serving.serve import serve
 
 from matrix_bus.errors import UsageError
 from matrix_bus.service import LocalService, port_is_free
+from matrix_serving import MODEL_NAME, local_model, resolve_model
+from matrix_serving.local import models_at
+from matrix_serving.serve import serve
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 

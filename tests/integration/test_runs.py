@@ -1,0 +1,226 @@
+"""Runs against real brokers: submitted, continued, limited and complete."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matrix_bus import Next, Outcome, Row, RunConfig, State, Workflow, dataset, registry, run, success, to
+from matrix_bus.broker import Broker
+from matrix_bus.bus import Bus
+from matrix_bus.dataset import Rejected
+from matrix_bus.errors import RunError
+from matrix_bus.orchestrator import (
+    outcome_stream,
+    row_seed,
+    work_stream,
+)
+from matrix_bus.registry import RunRecord
+from tests.helpers import (
+    all_outcomes,
+    connected,
+    consumer,
+    done,
+    messages,
+    numbered,
+    submitted,
+    unique,
+    until,
+    working,
+)
+
+
+class Trip(State):
+    x: int = 0
+    path: list[str] = []  # noqa: RUF012 - msgspec copies it
+    draw: float = 0.0
+    text: str = ""
+
+
+Step = Callable[[Row[Trip]], Awaitable[Any]]
+
+
+async def go_on(row: Row[Trip]) -> Next:
+    return Next("b")
+
+
+async def end(row: Row[Trip]) -> Outcome:
+    return success("done")
+
+
+def trip(a: Step = go_on, b: Step = end, name: str = "") -> Workflow[Trip]:
+    """Two roles; each notes its call in the state, then does what the test says.
+
+    Of a name of its own, so that its worker leaves the runs of other tests alone.
+    """
+    flow = Workflow(name or unique("trip"), state=Trip, start="a")
+    flow.code_hash = "of-this-test"
+
+    async def call_a(row: Row[Trip]) -> Any:
+        row.state.path.append("a")
+        return await a(row)
+
+    async def call_b(row: Row[Trip]) -> Any:
+        row.state.path.append("b")
+        return await b(row)
+
+    flow.role(name="a")(call_a)
+    flow.role(name="b")(call_b)
+    return flow
+
+
+def rows(count: int) -> list[bytes]:
+    return [b'{"x": %d}' % n for n in range(count)]
+
+
+@pytest.fixture
+async def bus(shared_broker: Broker) -> AsyncIterator[Bus]:
+    async with connected(shared_broker.url) as connection:
+        yield connection
+
+
+async def _is_empty(bus: Bus, record: RunRecord) -> bool:
+    return await messages(bus, work_stream(record.id)) == 0
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+
+async def test_trials_have_seeds_of_their_own_that_every_run_repeats(bus: Bus) -> None:
+    async def draw(row: Row[Trip]) -> Next:
+        row.state.draw = row.rng.random()
+        return to("b")
+
+    flow = trip(draw)
+    config = RunConfig(trials=3, seed=7)
+    results = []
+    async with working(bus.url, flow):
+        for _ in range(2):
+            record = await submitted(bus, flow, rows(4), config)
+            outcomes = await all_outcomes(bus, record)
+            results.append([(o.row, o.line, o.trial, o.seed, bytes(o.state)) for o in outcomes])
+    assert [r[:3] for r in results[0]] == [(n, n // 3, n % 3) for n in range(12)]
+    assert [r[3] for r in results[0]] == [row_seed(7, n // 3, n % 3) for n in range(12)]
+    assert len({r[3] for r in results[0]}) == 12
+    assert results[0] == results[1]
+
+
+async def test_no_more_rows_than_max_in_flight_are_under_way(bus: Bus) -> None:
+    under_way: set[int] = set()
+    most = 0
+
+    async def enter(row: Row[Trip]) -> Next:
+        nonlocal most
+        under_way.add(row.number)
+        most = max(most, len(under_way))
+        await asyncio.sleep(0.005)
+        return to("b")
+
+    async def leave(row: Row[Trip]) -> Outcome:
+        under_way.discard(row.number)
+        return success()
+
+    flow = trip(enter, leave)
+    record = await submitted(bus, flow, rows(60), RunConfig(max_in_flight=5))
+    async with working(bus.url, flow), working(bus.url, flow):
+        assert len(await all_outcomes(bus, record)) == 60
+    assert most == 5
+
+
+async def test_a_run_of_other_code_waits_for_a_worker_that_has_it(bus: Bus) -> None:
+    mine = trip()
+    other = trip(name=mine.name)
+    other.code_hash = "something-else"
+    record = await submitted(bus, mine, rows(3))
+    async with working(bus.url, other) as worker:
+        reason = await until(lambda: worker._refused.get(record.id), "the refusal")
+        assert reason is not None
+        assert "of-this-test" in reason
+        assert "something-else" in reason
+        assert record.id not in worker.serving
+    assert (await registry.progress(bus, record)).waiting == 3
+    async with working(bus.url, mine):
+        assert {o.outcome for o in await all_outcomes(bus, record)} == {"success"}
+
+
+async def test_a_submission_is_continued_and_doubles_nothing(bus: Bus) -> None:
+    flow = trip()
+    record = run.new_record(flow, RunConfig(), run=unique("trip"))
+    lines = numbered(rows(10))
+    record = await run.open_run(bus, record)
+
+    await run.submit(bus, record, lines[:6])
+    await registry.update(bus, record.id, total=None)  # as if it had been killed before the seal
+    async with working(bus.url, flow):
+        await until(partial(_outcomes, bus, record, 1), "some rows to be through")
+        again = await run.open_run(bus, run.new_record(flow, RunConfig(), run=record.id))
+        assert (await run.submit(bus, again, lines)).rows == 10
+        assert [o.row for o in await all_outcomes(bus, record)] == list(range(10))
+        await run.submit(bus, again, lines)  # and once more, after the end
+        await until(partial(_is_empty, bus, record), "the queue to be empty")
+    assert len(await all_outcomes(bus, record)) == 10
+
+
+async def _outcomes(bus: Bus, record: RunRecord, count: int) -> bool:
+    return await messages(bus, outcome_stream(record.id)) >= count
+
+
+async def test_another_config_under_the_same_id_is_refused_with_the_difference(bus: Bus) -> None:
+    flow = trip()
+    record = await submitted(bus, flow, rows(1))
+    with pytest.raises(RunError, match=r"config: .*trials was 1, now 2"):
+        await run.open_run(bus, run.new_record(flow, RunConfig(trials=2), run=record.id))
+    with pytest.raises(RunError, match="dataset"):
+        await run.open_run(bus, run.new_record(flow, RunConfig(), run=record.id, dataset="other.jsonl"))
+
+
+async def test_rejected_lines_leave_holes_and_the_total_counts_what_was_accepted(bus: Bus, tmp_path: Path) -> None:
+    flow = trip()
+    record = await run.open_run(bus, run.new_record(flow, RunConfig(trials=2), run=unique("trip")))
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"x": 0}\n\n{"x": "bad"}\n{"x": 2}\nnot json\n')
+    rejected: list[Rejected] = []
+    lines = dataset.read(str(data), check=flow.begin)
+    told = await run.submit(bus, record, lines, on_reject=rejected.append)
+    assert (told.rows, told.rejected) == (4, 2)
+    assert [r.line for r in rejected] == [3, 5]
+    async with working(bus.url, flow):
+        assert [(o.row, o.line) for o in await all_outcomes(bus, record)] == [(0, 0), (1, 0), (4, 2), (5, 2)]
+        assert await done(bus, record)
+
+
+async def test_a_run_without_rows_is_complete(bus: Bus) -> None:
+    record = await submitted(bus, trip(), [])
+    assert await all_outcomes(bus, record) == []
+    assert await done(bus, record)
+
+
+async def test_a_run_that_waits_for_rows_does_not_hold_up_another(bus: Bus) -> None:
+    flow = trip()
+    waiting = await run.open_run(bus, run.new_record(flow, RunConfig(), run=unique("trip")))
+    async with working(bus.url, flow) as worker:
+        await until(lambda: waiting.id in worker.serving, "the waiting run to be served")
+        await until(partial(_asked, bus, waiting), "the worker to ask for its rows")
+        record = await submitted(bus, flow, rows(20))
+        assert len(await all_outcomes(bus, record, timeout_s=8)) == 20
+
+
+async def _asked(bus: Bus, record: RunRecord) -> bool:
+    info = await consumer(bus, work_stream(record.id), "a")
+    return bool(info["num_waiting"])
+
+
+async def test_leases_and_hops_are_all_acked_at_the_end(bus: Bus) -> None:
+    flow = trip()
+    record = await submitted(bus, flow, rows(50))
+    async with working(bus.url, flow):
+        await all_outcomes(bus, record)
+        await until(partial(_is_empty, bus, record), "the queue to be empty")
+    for name in ("_", "a", "b"):
+        info = await consumer(bus, work_stream(record.id), name)
+        assert (info["num_pending"], info["num_ack_pending"], info["num_redelivered"]) == (0, 0, 0)
