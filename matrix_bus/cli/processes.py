@@ -83,6 +83,9 @@ def worker(
             gc.freeze()
             gc.set_threshold(10_000, 10, 10)
             await serving.run()
+            for number in (signal.SIGTERM, signal.SIGINT):  # everything is handed back: one more changes nothing
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)
 
     go(work())
 

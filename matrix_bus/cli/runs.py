@@ -66,7 +66,7 @@ def run_all(
     command += ["--procs", str(procs), "--log-level", log_level, *(["--log-json"] if log_json else [])]
     worker = subprocess.Popen(command, env=_import_here(), start_new_session=True)
     try:
-        with _interruptible():
+        with _interruptible(output):
             go(_submit_and_wait(_Job(url, flow, config, file, output, run_id), worker))
     finally:
         worker.terminate()
@@ -97,7 +97,7 @@ def submit(
     configure_logs(level=log_level, json=log_json)
     flow, config = _load(workflow, overrides or [])
     job = _Job(broker_url(server), flow, config, data, output, run_id)
-    with _interruptible():
+    with _interruptible(output):
         if detach:
             record = go(_detach(job))
             say(f"run {record.id} goes on by itself: matrix-bus status {record.id}")
@@ -138,7 +138,7 @@ def collect(
             of = f" of {done.total}" if done.total is not None else ", not sealed yet"
             say(f"{written.lines}{of} outcomes of run {run_id} in {output}")
 
-    with _interruptible():
+    with _interruptible(output):
         go(work())
 
 
@@ -318,7 +318,7 @@ async def _status_line(
                 said = progress.idle_roles
                 line.clear()
                 say(f"no worker serves {', '.join(said)}: waiting for one. Start it in another terminal:")
-                say(f"  {_worker_command(record, said, bus.url)}")
+                say(f"  {_worker_command(record, said)}")
 
     showing = asyncio.create_task(keep_showing())
     try:
@@ -330,13 +330,17 @@ async def _status_line(
         line.clear()
 
 
-def _worker_command(record: RunRecord, roles: list[str], url: str) -> str:
+def _worker_command(record: RunRecord, roles: list[str]) -> str:
     words = ["matrix-bus worker"]
     if set(roles) != set(record.roles):
         words += [f"--role {role}" for role in roles]
-    if os.environ.get("MATRIX_BUS_SERVER") is None and "--server" in sys.argv:
-        words.append(f"--server {url}")
-    return " ".join(words)
+    return " ".join(words) + _server_option()
+
+
+def _server_option() -> str:
+    """What a command in another terminal must be told to reach the same broker."""
+    server = next((word for flag, word in itertools.pairwise(sys.argv) if flag == "--server"), "")
+    return f" --server {server}" if server else ""
 
 
 async def _print_status(bus: Bus, record: RunRecord) -> None:
@@ -346,7 +350,7 @@ async def _print_status(bus: Bus, record: RunRecord) -> None:
     print(f"{record.id}  {state}  {record.workflow}")
     print(f"  outcomes {progress.outcomes} {total} · in flight {progress.in_flight} · waiting {progress.waiting}")
     if progress.idle_roles and not progress.done:
-        command = _worker_command(record, progress.idle_roles, bus.url)
+        command = _worker_command(record, progress.idle_roles)
         print(f"  no worker serves {', '.join(progress.idle_roles)}: {command}")
 
 
@@ -364,15 +368,14 @@ def _say_kept(output: dataset.Output) -> None:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible(output: Path) -> Iterator[None]:
     """Ctrl-C ends the waiting, not the run, and says so; so does an output that cannot be written."""
     try:
         yield
     except (KeyboardInterrupt, DatasetError):
         for run_id in _submitting:
-            say(f"\nrun {run_id} goes on without this terminal: matrix-bus status {run_id}")
-            say(
-                "  if its rows were not all submitted yet, the same command with --run " + run_id + " goes on with them"
-            )
-            say(f"  its outcomes: matrix-bus collect {run_id} -o FILE --follow")
+            server = _server_option()
+            say(f"\nrun {run_id} goes on without this terminal: matrix-bus status {run_id}{server}")
+            say(f"  its outcomes: matrix-bus collect {run_id} -o {output} --follow{server}")
+            say(f"  if not all rows were submitted yet: the same command again, with --run {run_id}")
         raise
