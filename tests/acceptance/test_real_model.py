@@ -71,6 +71,29 @@ def test_one_command_takes_questions_to_outcomes(tmp_path: Path, home: dict[str,
     assert "Traceback" not in done.stderr
 
 
+def test_a_model_that_is_killed_comes_back_and_costs_no_row(tmp_path: Path, home: dict[str, str]) -> None:
+    (tmp_path / "three.jsonl").write_text("\n".join(QUESTIONS.read_text().splitlines()[:3]) + "\n")
+    info = Path(home["MATRIX_BUS_HOME"]) / "model.json"
+    running = subprocess.Popen(
+        command("run", "three.jsonl", *SHORT, "--log-level", "info"),
+        cwd=tmp_path,
+        env=home,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    stderr = running.stderr
+    assert stderr is not None
+    until_sync(lambda: "rows submitted in" in stderr.readline(), "the run to start", 120)
+    pid = int(json.loads(info.read_text())["pid"])
+    os.kill(pid, signal.SIGKILL)
+    _, said = running.communicate(timeout=200)
+    assert running.returncode == 0, said
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert {row["outcome"] for row in rows} <= {"success", "filtered"}
+    assert len(rows) == 3
+    assert json.loads(info.read_text())["pid"] != pid
+
+
 @pytest.mark.skipif(not MMLU_PRO.exists(), reason="the MMLU-Pro test set is not beside the checkout")
 async def test_all_of_mmlu_pro_is_admitted_bit_by_bit_and_a_few_dozen_are_answered(
     tmp_path: Path, broker: Broker, model_url: str

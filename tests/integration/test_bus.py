@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,6 @@ from matrix_bus.service import free_port
 from tests.helpers import connected, messages, unique, until, until_sync, work_stream_of
 
 NS = 1_000_000_000
-
-
-@pytest.fixture
-async def bus(shared_broker: Broker) -> AsyncIterator[Bus]:
-    async with connected(shared_broker.url) as connection:
-        yield connection
 
 
 # --- publishing ---------------------------------------------------------------------------------------------

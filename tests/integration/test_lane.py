@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
 
 import pytest
 from nats.aio.msg import Msg
@@ -16,12 +15,6 @@ from matrix_bus.bus import Bus, Lane, delivery_facts, pull
 from tests.helpers import connected, consumer, messages, unique, until, work_stream_of
 
 NS = 1_000_000_000
-
-
-@pytest.fixture
-async def bus(shared_broker: Broker) -> AsyncIterator[Bus]:
-    async with connected(shared_broker.url) as connection:
-        yield connection
 
 
 async def a_consumer(bus: Bus, stream: str, ack_wait_s: float = 30.0) -> None:

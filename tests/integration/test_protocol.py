@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ import msgspec
 import pytest
 from nats.aio.msg import Msg
 
-from matrix_bus import Next, Outcome, Row, RunConfig, State, Workflow, registry, run, success, to
+from matrix_bus import Next, Outcome, Row, RunConfig, registry, run, success, to
 from matrix_bus.broker import Broker
 from matrix_bus.bus import Bus, Lane
 from matrix_bus.config import RoleConfig
@@ -42,55 +41,7 @@ from tests.helpers import (
     until,
     working,
 )
-
-
-class Trip(State):
-    x: int = 0
-    path: list[str] = []  # noqa: RUF012 - msgspec copies it
-    draw: float = 0.0
-    text: str = ""
-
-
-Step = Callable[[Row[Trip]], Awaitable[Any]]
-
-
-async def go_on(row: Row[Trip]) -> Next:
-    return Next("b")
-
-
-async def end(row: Row[Trip]) -> Outcome:
-    return success("done")
-
-
-def trip(a: Step = go_on, b: Step = end, name: str = "") -> Workflow[Trip]:
-    """Two roles; each notes its call in the state, then does what the test says.
-
-    Of a name of its own, so that its worker leaves the runs of other tests alone.
-    """
-    flow = Workflow(name or unique("trip"), state=Trip, start="a")
-    flow.code_hash = "of-this-test"
-
-    async def call_a(row: Row[Trip]) -> Any:
-        row.state.path.append("a")
-        return await a(row)
-
-    async def call_b(row: Row[Trip]) -> Any:
-        row.state.path.append("b")
-        return await b(row)
-
-    flow.role(name="a")(call_a)
-    flow.role(name="b")(call_b)
-    return flow
-
-
-def rows(count: int) -> list[bytes]:
-    return [b'{"x": %d}' % n for n in range(count)]
-
-
-@pytest.fixture
-async def bus(shared_broker: Broker) -> AsyncIterator[Bus]:
-    async with connected(shared_broker.url) as connection:
-        yield connection
+from tests.trip import Step, Trip, go_on, rows, trip
 
 
 async def take(bus: Bus, record: RunRecord, role: str) -> Delivery:
