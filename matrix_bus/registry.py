@@ -262,7 +262,8 @@ async def watch(bus: Bus) -> AsyncIterator[list[RunRecord]]:
                 log.debug("registry.unreadable", error=str(error))
                 await bus.wait_connected()
             try:
-                await asyncio.wait_for(changed.wait(), _RELIST_S)
+                async with asyncio.timeout(_RELIST_S):
+                    await changed.wait()
             except TimeoutError:
                 continue
     finally:

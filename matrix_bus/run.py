@@ -223,7 +223,8 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
                 return
             yield None
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(arrived.wait(), _POLL_S)
+                async with asyncio.timeout(_POLL_S):
+                    await arrived.wait()
     finally:
         forget()
         if not bus.nc.is_closed:

@@ -273,7 +273,8 @@ class Bus:
             await self.send(f"$JS.API.DIRECT.GET.{stream}", body, reply=self._inbox + token)
             while True:
                 try:
-                    message = await asyncio.wait_for(queue.get(), CALL_TIMEOUT_S)
+                    async with asyncio.timeout(CALL_TIMEOUT_S):
+                        message = await queue.get()
                 except TimeoutError:
                     message = None
                 if message is None:

@@ -82,7 +82,9 @@ class Pump:
         """Runs until cancelled."""
         while True:
             try:
-                await asyncio.wait_for(self._wake.wait(), _TICK_S)
+                # Not wait_for: in Python 3.11 it swallows a cancellation that comes together with the event.
+                async with asyncio.timeout(_TICK_S):
+                    await self._wake.wait()
                 pools = self._dirty
             except TimeoutError:
                 pools = set(self._pools)  # lanes whose requests got lost notice it here

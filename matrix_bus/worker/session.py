@@ -275,7 +275,8 @@ class Session:
         """True if a living worker has the hop: it has taken over the new ack subject."""
         query = msgspec.json.encode({"seq": delivery.seq, "ack": delivery.ack_subject})
         try:
-            await asyncio.wait_for(self._bus.call(self._owner_subject, query), OWNER_ANSWERS_WITHIN_S)
+            async with asyncio.timeout(OWNER_ANSWERS_WITHIN_S):
+                await self._bus.call(self._owner_subject, query)
         except (TimeoutError, BusError):
             return False
         return True

@@ -573,3 +573,14 @@ async def test_a_handler_returns_a_decision(executors: Executors, value: Any, sa
 
     with pytest.raises(HandlerError, match=f"role 'burn' .*{said}"):
         await noted(handler, executors)(row(), no_model)
+
+
+async def test_the_pump_ends_when_it_is_cancelled_in_the_moment_it_is_woken() -> None:
+    """A worker that stops wakes its pump and cancels it in one go."""
+    pump = Pump()
+    task = asyncio.create_task(pump.run())
+    await asyncio.sleep(0)
+    pump.touch(pool(1))
+    task.cancel()
+    await asyncio.wait({task}, timeout=5)
+    assert task.cancelled()
