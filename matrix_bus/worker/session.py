@@ -125,6 +125,7 @@ class Session:
         for lane in self._lanes.values():
             with contextlib.suppress(BusError, OSError):
                 await lane.close()  # what is on its way still arrives, and is handed back in _receive
+        await asyncio.sleep(0)  # a task that is cancelled before its first step hands nothing back
         if self._tasks and grace_s > 0:
             await asyncio.wait(self._tasks, timeout=grace_s)
         for task in self._tasks:
@@ -143,6 +144,7 @@ class Session:
             held.ack_subject = delivery.ack_subject
             held.beat_at = delivery.beat_at
             return
+        self._held[delivery.seq] = delivery
         work = self._admit if delivery.role == LEASE_ROLE else self._hop
         task = delivery.task = self._loop.create_task(self._settle(delivery, work))
         self._tasks.add(task)
@@ -153,9 +155,10 @@ class Session:
         role = delivery.role
         pool = self._pools[role]
         pool.busy += 1
-        pool.lanes[self._lanes[role]] = delivery.beat_at
+        lane = self._lanes[role]
+        if lane in pool.lanes:  # a lane that is being closed must not be asked again
+            pool.lanes[lane] = delivery.beat_at
         self._pump.touch(pool)
-        self._held[delivery.seq] = delivery
         if role != LEASE_ROLE:  # an expired lease costs one refused publish, a heartbeat for each would cost more
             self._wheel.add(delivery)
         telemetry.current_hop.set((self.record.id, delivery.n, delivery.hop, role))
