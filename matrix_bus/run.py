@@ -25,7 +25,7 @@ from .agent import Workflow
 from .bus import Bus, Stored, is_lost_race
 from .config import RunConfig
 from .dataset import Line, Output, Rejected, write_json
-from .errors import BusError, BusTimeout, BusUnavailable, MatrixBusError, PublishRefused, RunError
+from .errors import BusTimeout, BusUnavailable, MatrixBusError, PublishRefused, RunError
 from .orchestrator import (
     OutcomeRecord,
     RowMessage,
@@ -348,14 +348,6 @@ async def write_manifest(bus: Bus, run: str, path: Path, tally: Tally, extra: di
     target = path.with_name(path.name.split(".jsonl")[0] + ".manifest.json")
     write_json(target, manifest)
     return target
-
-
-async def missing_roles(bus: Bus, record: RunRecord) -> list[str]:
-    """Roles of the run that nobody pulls for at this moment. Empty if the broker does not answer."""
-    try:
-        return (await registry.progress(bus, record)).idle_roles
-    except BusError:
-        return []
 
 
 def _versions() -> dict[str, str]:

@@ -13,7 +13,6 @@ from ..errors import PublishRefused
 WRONG_LAST_SEQUENCE = 10071
 NO_MESSAGE = 10037
 STREAM_NOT_FOUND = 10059
-CONSUMER_NOT_FOUND = 10014
 
 
 class PubAck(Struct):
