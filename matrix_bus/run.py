@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import platform
-import random
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
@@ -22,7 +21,7 @@ from nats.aio.msg import Msg
 
 from . import registry
 from .agent import Workflow
-from .bus import Bus, Stored, is_lost_race
+from .bus import Bus, Stored, is_lost_race, patiently
 from .config import RunConfig
 from .dataset import Line, Output, Rejected, write_json
 from .errors import BusTimeout, BusUnavailable, MatrixBusError, PublishRefused, RunError
@@ -172,22 +171,11 @@ async def _publish_row(bus: Bus, run: str, n: int, body: bytes) -> None:
         "Nats-Expected-Last-Subject-Sequence": "0",
         "Nats-Expected-Last-Subject-Sequence-Subject": family(run, n),
     }
-    wait_s = 0.05
-    while True:
-        try:
-            await bus.publish(row_subject(run, n), body, headers)
-        except PublishRefused as error:
-            if is_lost_race(error):
-                return  # it is under way already
-            if error.code != 10077:
-                raise
-            log.warning("run.broker_full", reason=str(error), advice="waiting for room")
-        except (BusTimeout, BusUnavailable):
-            await bus.wait_connected()
-        else:
-            return
-        await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
-        wait_s = min(2.0, wait_s * 2)
+    try:
+        await patiently(bus, lambda: bus.publish(row_subject(run, n), body, headers))
+    except PublishRefused as error:
+        if not is_lost_race(error):  # else it is under way already
+            raise
 
 
 async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGenerator[Stored | None, None]:

@@ -4,7 +4,20 @@ All errors of the broker and of its client library are translated here, at one e
 """
 
 from .connection import Bus
+from .patience import FIRST_WAIT_S, TRY_AGAIN, patiently, pause
 from .pull import Lane
 from .wire import STREAM_NOT_FOUND, PubAck, Stored, delivery_facts, is_lost_race
 
-__all__ = ("STREAM_NOT_FOUND", "Bus", "Lane", "PubAck", "Stored", "delivery_facts", "is_lost_race")
+__all__ = (
+    "FIRST_WAIT_S",
+    "STREAM_NOT_FOUND",
+    "TRY_AGAIN",
+    "Bus",
+    "Lane",
+    "PubAck",
+    "Stored",
+    "delivery_facts",
+    "is_lost_race",
+    "patiently",
+    "pause",
+)

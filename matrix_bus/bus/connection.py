@@ -248,14 +248,16 @@ class Bus:
         info = await self.api(f"STREAM.INFO.{stream}")
         return int(info["state"]["last_seq"])
 
-    async def read(self, stream: str, start: int = 1, *, batch: int = 512) -> AsyncIterator[Stored]:
-        """All messages of a stream from sequence `start`, in order, up to the newest at this moment.
+    async def read(
+        self, stream: str, start: int = 1, *, subject: str = ">", batch: int = 512
+    ) -> AsyncIterator[Stored]:
+        """Messages of a stream on `subject` from sequence `start`, in order, up to the newest at this moment.
 
         Needs no consumer: each request is answered by direct gets.
         """
         while True:
             count = 0
-            query = {"seq": start, "batch": batch, "next_by_subj": ">", "max_bytes": 8 << 20}
+            query = {"seq": start, "batch": batch, "next_by_subj": subject, "max_bytes": 8 << 20}
             async for message in self._direct(stream, query):
                 yield message
                 start = message.seq + 1

@@ -7,12 +7,7 @@ ack is sent only after what makes the message unnecessary is stored.
 
 from __future__ import annotations
 
-import asyncio
-import random
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
-
-from ..bus import Bus, is_lost_race
+from ..bus import FIRST_WAIT_S, TRY_AGAIN, Bus, is_lost_race, patiently, pause
 from ..errors import BusError, BusTimeout, BusUnavailable, PublishRefused, RowError
 from ..orchestrator import (
     HEADER_LEASE,
@@ -32,14 +27,10 @@ from .delivery import Delivery
 _EXPECT = "Nats-Expected-Last-Subject-Sequence"
 _EXPECT_ON = "Nats-Expected-Last-Subject-Sequence-Subject"
 
-# Codes after which the same bytes may be stored later: in process (10158, 10164), full (10077), no resources (10023).
-_TRY_AGAIN = frozenset({10164, 10158, 10077, 10023})
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 2.0
 _LEASE_TRIES = 5
 HEADROOM_BYTES = 2048
 """Left of the server's message limit for headers and subject."""
 
-T = TypeVar("T")
 log = logger("worker")
 
 
@@ -59,16 +50,16 @@ class Moves:
 
     async def last_sequence(self) -> int:
         """Sequence of the newest message of the work stream."""
-        return await self._patiently(lambda: self._bus.last_sequence(self._work))
+        return await patiently(self._bus, lambda: self._bus.last_sequence(self._work))
 
     async def is_last(self, delivery: Delivery) -> bool:
         """True if the delivery is the newest message of its row: nobody has moved the row on."""
-        last = await self._patiently(lambda: self._bus.last_of(self._work, family(self._run, delivery.n)))
+        last = await patiently(self._bus, lambda: self._bus.last_of(self._work, family(self._run, delivery.n)))
         return last == delivery.seq
 
     async def has_outcome(self, n: int, generation: int) -> bool:
         subject = outcome_subject(self._run, n, generation)
-        return await self._patiently(lambda: self._bus.last_of(self._outcomes, subject)) != 0
+        return await patiently(self._bus, lambda: self._bus.last_of(self._outcomes, subject)) != 0
 
     async def move(self, delivery: Delivery, message: Orchestrator, body: bytes, lease: str) -> bool:
         """Publishes the row's next message. True if it is stored, False if somebody else had moved the row on.
@@ -82,7 +73,7 @@ class Moves:
             _EXPECT_ON: family(self._run, message.n),
             HEADER_LEASE: lease,
         }
-        wait_s = _FIRST_WAIT_S
+        wait_s = FIRST_WAIT_S
         while True:
             try:
                 await self._bus.publish(subject, body, headers)
@@ -90,7 +81,7 @@ class Moves:
                 if is_lost_race(error):
                     if not await self.is_last(delivery) or await self.has_outcome(message.n, message.generation):
                         return False
-                elif error.code not in _TRY_AGAIN:
+                elif error.code not in TRY_AGAIN:
                     raise RowError(f"the broker does not take the row's next message: {error}") from None
                 else:
                     log.warning("worker.broker_refuses", reason=str(error), advice="the hop is kept and sent again")
@@ -98,7 +89,7 @@ class Moves:
                 pass  # stored or not is unknown: the same bytes again, and the fence tells
             else:
                 return True
-            wait_s = await self._pause(wait_s)
+            wait_s = await pause(self._bus, wait_s)
 
     async def outcome(self, delivery: Delivery, record: OutcomeRecord, lease: str) -> bool:
         """Publishes the outcome, then frees the row's lease, then the hop. False if the row had moved on.
@@ -111,7 +102,7 @@ class Moves:
         body = encode_fitting(record, self.limit_bytes)
         subject = outcome_subject(self._run, record.row, record.generation)
         headers = {"Nats-Msg-Id": message_id(self._run, record.row, record.generation, -1), _EXPECT: "0"}
-        wait_s = _FIRST_WAIT_S
+        wait_s = FIRST_WAIT_S
         stored = False
         while not stored:
             try:
@@ -121,13 +112,13 @@ class Moves:
                 # A full store refuses a first outcome and a taken subject a second one with codes that overlap.
                 if await self.has_outcome(record.row, record.generation):
                     break
-                if not is_lost_race(error) and error.code not in _TRY_AGAIN:
+                if not is_lost_race(error) and error.code not in TRY_AGAIN:
                     raise
                 log.warning("worker.broker_refuses", reason=str(error), advice="the outcome is kept and sent again")
             except (BusTimeout, BusUnavailable):
                 pass
             if not stored:
-                wait_s = await self._pause(wait_s)
+                wait_s = await pause(self._bus, wait_s)
         await self.free(delivery, lease)
         return stored
 
@@ -163,23 +154,4 @@ class Moves:
             "Mb-Subject": subject,
         }
         body = delivery.data
-        await self._patiently(lambda: self._bus.publish(f"dead.{self._run}.{delivery.n}", body, headers))
-
-    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Repeats an idempotent call until the broker answers it."""
-        wait_s = _FIRST_WAIT_S
-        while True:
-            try:
-                return await work()
-            except (BusTimeout, BusUnavailable):
-                wait_s = await self._pause(wait_s)
-            except PublishRefused as error:
-                if error.code not in _TRY_AGAIN:
-                    raise
-                wait_s = await self._pause(wait_s)
-
-    async def _pause(self, wait_s: float) -> float:
-        """Waits for the broker, then a jittered moment; returns the next wait."""
-        await self._bus.wait_connected()
-        await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
-        return min(_LONGEST_WAIT_S, wait_s * 2)
+        await patiently(self._bus, lambda: self._bus.publish(f"dead.{self._run}.{delivery.n}", body, headers))
