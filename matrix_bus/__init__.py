@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .agent import Next, Outcome, Row, State, Workflow, failed, filtered, load_workflow, success, to
+    from .agent import Large, Next, Outcome, Row, State, Workflow, failed, filtered, load_workflow, success, to
     from .config import ModelConfig, RoleConfig, RunConfig, Sampling
     from .errors import MatrixBusError
     from .llm import LLM, Message, Reply, assistant, system, tool, user
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "agent": (
+        "Large",
         "Next",
         "Outcome",
         "Row",
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = (
     "LLM",
+    "Large",
     "MatrixBusError",
     "Message",
     "ModelConfig",

@@ -63,6 +63,7 @@ def write_config(
     max_memory_store: str = "256MB",
     max_file_store: str | None = None,
     monitor_port: int | None = None,
+    max_payload: str = "8MB",
 ) -> Path:
     """Write `nats.conf` into `directory` for a loopback server that stores under it; returns its path.
 
@@ -81,7 +82,7 @@ def write_config(
         "server_name": server_name,
         "host": "127.0.0.1",
         "port": port,
-        "max_payload": "8MB",
+        "max_payload": max_payload,
         # A client that does not read for this long is cut off; the default of 10 s hits a swapping laptop.
         "write_deadline": "30s",
         "logtime": False,
@@ -151,7 +152,13 @@ class Broker:
     """
 
     def __init__(
-        self, directory: Path, port: int = 0, *, sync_interval: str = "1s", monitor_port: int | None = None
+        self,
+        directory: Path,
+        port: int = 0,
+        *,
+        sync_interval: str = "1s",
+        monitor_port: int | None = None,
+        max_payload: str = "8MB",
     ) -> None:
         """Describe the server; `port` 0 is a free one, kept over restarts."""
         self.directory = directory
@@ -159,6 +166,7 @@ class Broker:
         self.log = directory / "nats.log"
         self._sync_interval = sync_interval
         self._monitor_port = monitor_port
+        self._max_payload = max_payload
         self._name = f"private-{secrets.token_hex(6)}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -200,6 +208,7 @@ class Broker:
             self.port,
             server_name=self._name,
             sync_interval=self._sync_interval,
+            max_payload=self._max_payload,
             monitor_port=self._monitor_port,
         )
         with self.log.open("ab") as log:

@@ -74,6 +74,13 @@ class RoleConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """For one handler call."""
 
 
+class IoConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How rows are carried."""
+
+    offload_above_bytes: Annotated[int, Meta(ge=1024)] = 64 << 10
+    """A row whose message would be larger has its large parts put into the run's object store."""
+
+
 class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that a worker must know about a run, as stored with it."""
 
@@ -81,6 +88,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The workflow's own parameters, validated by its config struct."""
     llm: LlmConfig = msgspec.field(default_factory=LlmConfig)
     roles: dict[str, RoleConfig] = {}
+    io: IoConfig = IoConfig()
     max_in_flight: Annotated[int, Meta(ge=1, le=1_000_000)] = 10_000
     """Rows of the run that may be under way at once; the broker enforces it."""
     trials: Positive = 1

@@ -14,6 +14,7 @@ a change that an older reader would get wrong raises `SCHEMA`, and older readers
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import re
 from typing import Annotated, Any, Literal
@@ -63,6 +64,11 @@ def family(run: str, n: int) -> str:
     return f"q.{run}.*.{n}.*"
 
 
+def bucket(run: str) -> str:
+    """Name of the object store that holds the run's large values."""
+    return f"mb_{run}"
+
+
 def outcome_subject(run: str, n: int, generation: int) -> str:
     return f"out.{run}.{n}.{generation}"
 
@@ -108,10 +114,47 @@ class ErrorRecord(Struct):
     """Unix time in seconds."""
 
 
+class Ref(Struct, frozen=True):
+    """A value in the run's object store, by its content."""
+
+    sha256: str
+    """Of the value's JSON, in hex; also its name in the store."""
+    bytes: int
+
+    @classmethod
+    def of(cls, body: builtins.bytes) -> Ref:
+        """What refers to this JSON."""
+        return cls(hashlib.sha256(body).hexdigest(), len(body))
+
+
+class _RefSegment(Struct, frozen=True, forbid_unknown_fields=True):
+    ref: Ref = msgspec.field(name="$large")
+
+
+REF_MARK = b'{"$large":'
+"""How the JSON of a reference begins, wherever a value may stand: input, state, or a part of the state."""
+
+
+def ref_json(ref: Ref) -> bytes:
+    """The reference as it stands in place of the value."""
+    return _to_json.encode(_RefSegment(ref))
+
+
+def read_ref(segment: bytes) -> Ref | None:
+    """The reference that stands there; None if it is the value itself."""
+    if not segment.startswith(REF_MARK):
+        return None
+    try:
+        return _ref_from_json.decode(segment).ref
+    except UNREADABLE:
+        return None
+
+
 class RowMessage(Struct, omit_defaults=True):
     """Hop 0, JSON: a row as submitted."""
 
     input: Raw
+    """The line, or the reference to it."""
     id: str
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     submitted_at: float
@@ -135,11 +178,11 @@ class Orchestrator(Struct, array_like=True):
     submitted_at: float
     admitted_at: float
     input: bytes
-    """The line as submitted, JSON."""
+    """The line as submitted, JSON, or the reference to it."""
     state: bytes
-    """The workflow's state struct, JSON."""
+    """The workflow's state struct, JSON, with references in it, or itself one."""
     history: list[bytes]
-    """One JSON object per model call, oldest first."""
+    """One JSON object per model call, oldest first; before them one for each segment that lies in the store."""
     errors: list[ErrorRecord]
     visits: dict[str, int]
     """How often each role was entered."""
@@ -199,6 +242,7 @@ _unpack = msgspec.msgpack.Decoder(Orchestrator)
 _to_json = msgspec.json.Encoder()
 _row_from_json = msgspec.json.Decoder(RowMessage)
 _outcome_from_json = msgspec.json.Decoder(OutcomeRecord)
+_ref_from_json = msgspec.json.Decoder(_RefSegment)
 
 _NULL = Raw(b"null")
 

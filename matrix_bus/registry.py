@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Struct
 from nats.aio.msg import Msg
 
+from . import payload
 from .bus import STREAM_NOT_FOUND, Bus, Stored, is_lost_race
 from .config import RunConfig
 from .errors import BusError, NobodyListens, PublishRefused, RunError
@@ -148,6 +149,7 @@ async def create(bus: Bus, record: RunRecord) -> None:
             "storage": "file",
         },
     )
+    await bus.api(f"STREAM.CREATE.{payload.stream_of(record.id)}", payload.stream_config(record.id))
     # A row whose worker dies before it has set the row off comes back soon; one that travels is asked about seldom.
     waits_s = [record.config.ack_wait_s, max(record.config.ack_wait_s, LEASE_ACK_WAIT_S)]
     await _consumer(bus, record.id, LEASE_ROLE, waits_s, record.config.max_in_flight)

@@ -34,9 +34,11 @@ from .orchestrator import (
     family,
     message_id,
     outcome_stream,
+    ref_json,
     row_seed,
     row_subject,
 )
+from .payload import Payloads, whole
 from .registry import RunRecord
 from .telemetry import logger
 
@@ -123,6 +125,7 @@ async def submit(
     trials, seed = record.config.trials, record.config.seed
     accepted = rejected = 0
     window = asyncio.Semaphore(_WINDOW)
+    payloads = Payloads(bus, record.id)
 
     async def put(n: int, body: bytes) -> None:
         try:
@@ -136,10 +139,13 @@ async def submit(
                 rejected += 1
                 on_reject(line)
                 continue
+            body = line.body
+            if len(body) > record.config.io.offload_above_bytes:
+                body = ref_json(await payloads.put(body))  # one at a time: so many of them may be very large
             for trial in range(trials):
                 await window.acquire()
                 row = RowMessage(
-                    input=Raw(line.body),
+                    input=Raw(body),
                     id=line.id,
                     seed=row_seed(seed, line.number, trial),
                     submitted_at=time.time(),
@@ -281,6 +287,7 @@ async def collect(
     `DatasetError`, `BusError`.
     """
     output = Output(path, record.id)
+    payloads = Payloads(bus, record.id)
     if tally is not None and output.next_seq > 1:
         await _tally_up_to(bus, record.id, output.next_seq, tally)
     flushed_at = time.monotonic()
@@ -289,9 +296,10 @@ async def collect(
         async with contextlib.aclosing(outcomes(bus, record.id, output.next_seq, output.lines)) as stream:
             async for message in stream:
                 if message is not None:
-                    output.add(message.data, message.seq)
+                    line = await whole(message.data, payloads)
+                    output.add(line, message.seq)
                     if tally is not None:
-                        tally.add(decode_outcome(message.data))
+                        tally.add(decode_outcome(line))
                 if message is None or time.monotonic() - flushed_at > _FLUSH_S:
                     output.flush()
                     flushed_at = time.monotonic()
@@ -310,10 +318,11 @@ async def collect(
 
 
 async def _tally_up_to(bus: Bus, run: str, stop: int, tally: Tally) -> None:
+    payloads = Payloads(bus, run)
     async for message in bus.read(outcome_stream(run)):
         if message.seq >= stop:
             return
-        tally.add(decode_outcome(message.data))
+        tally.add(decode_outcome(await whole(message.data, payloads)))
 
 
 async def write_manifest(bus: Bus, run: str, path: Path, tally: Tally, extra: dict[str, Any]) -> Path:

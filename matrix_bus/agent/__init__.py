@@ -12,17 +12,21 @@ async def writer(row: Row[Draft], llm: LLM) -> Next | Outcome: ...
 
 from __future__ import annotations
 
+from .large import Large, Store, encode_state
 from .load import installed_workflows, load_workflow
 from .row import Next, Outcome, Row, State, failed, filtered, success, to
 from .workflow import Role, Workflow
 
 __all__ = (
+    "Large",
     "Next",
     "Outcome",
     "Role",
     "Row",
     "State",
+    "Store",
     "Workflow",
+    "encode_state",
     "failed",
     "filtered",
     "installed_workflows",

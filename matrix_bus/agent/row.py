@@ -7,7 +7,9 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from ..orchestrator import Kind, Orchestrator
+from ..llm import read_segment
+from ..orchestrator import Kind, Orchestrator, read_ref
+from .large import Store
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -55,10 +57,11 @@ def failed(reason: str) -> Outcome:
 class Row(Generic[S]):
     """One row at one hop, as its handler sees it."""
 
-    __slots__ = ("_message", "number", "run", "state", "trials")
+    __slots__ = ("_message", "_store", "number", "run", "state", "trials")
 
-    def __init__(self, message: Orchestrator, state: S, trials: int = 1) -> None:
+    def __init__(self, message: Orchestrator, state: S, trials: int = 1, store: Store | None = None) -> None:
         self._message = message
+        self._store = store
         self.run = message.run
         self.number = message.n
         self.state = state
@@ -109,12 +112,19 @@ class Row(Generic[S]):
         """A new generator, seeded by row and hop, so that a repeated handler call draws the same."""
         return random.Random(f"{self.seed}:{self.hop}")
 
-    @property
-    def input(self) -> Any:
-        """The line as submitted."""
-        return msgspec.json.decode(self._message.input)
+    async def input(self) -> Any:
+        """The line as submitted; read from the object store where it was large."""
+        ref = read_ref(self._message.input)
+        line = self._message.input if ref is None or self._store is None else await self._store.get(ref)
+        return msgspec.json.decode(line)
 
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """The model calls so far, oldest first, as they will stand in the output. Decoded at each use."""
-        return [msgspec.json.decode(call) for call in self._message.history]
+    async def history(self) -> list[dict[str, Any]]:
+        """The model calls so far, oldest first, as they will stand in the output. Decoded, and read, at each use."""
+        calls: list[dict[str, Any]] = []
+        for line in self._message.history:
+            segment = read_segment(line)
+            if segment is not None and self._store is not None:
+                calls += msgspec.json.decode(await self._store.get(segment.calls))
+            else:
+                calls.append(msgspec.json.decode(line))
+        return calls

@@ -16,7 +16,8 @@ import msgspec
 from ..config import Sampling, parse
 from ..errors import ConfigError, RowError, WorkflowError
 from ..llm import LLM
-from ..orchestrator import LEASE_ROLE, OutcomeRecord, is_token
+from ..orchestrator import LEASE_ROLE, REF_MARK, OutcomeRecord, is_token
+from .large import Store, decoding, lighten
 from .row import S, to
 
 H = TypeVar("H", bound=Callable[..., Any])
@@ -117,7 +118,7 @@ class Workflow(Generic[S]):
         self.code_hash = ""
         """sha256 of the source, 16 hex digits; set by `load_workflow`."""
         self._metrics: Callable[[S, Any], Mapping[str, float]] | None = None
-        self._decoder = msgspec.json.Decoder(state)
+        self._decoder = msgspec.json.Decoder(state, dec_hook=decoding(None))
 
     @overload
     def role(self, handler: H, /) -> H: ...
@@ -166,14 +167,26 @@ class Workflow(Generic[S]):
 
     def begin(self, line: bytes) -> S:
         """The state of a new row, from its input line. Raises `RowError` if the line does not fit."""
+        return self.decode_state(line)
+
+    def decode_state(self, state: bytes, store: Store | None = None) -> S:
+        """The state from its wire form; values that lie in the store are read from there when asked for.
+
+        Raises `RowError`.
+        """
         try:
-            return self._decoder.decode(line)
+            if REF_MARK in state:
+                return msgspec.json.decode(state, type=self.state, dec_hook=decoding(store))
+            return self._decoder.decode(state)
         except Exception as error:  # also what a struct's own __post_init__ raises
             raise RowError(f"the input does not fit workflow {self.name!r}: {error}") from None
 
-    def decode_state(self, state: bytes) -> S:
-        """The state from its wire form. Raises `RowError`."""
-        return self.begin(state)
+    def lighten(self, state: bytes, least_bytes: int) -> tuple[bytes, list[bytes]]:
+        """(wire form of a state with references for its `Large` values of `least_bytes` or more, their bodies).
+
+        Raises `RowError`.
+        """
+        return lighten(self.decode_state(state), least_bytes)
 
     def parse_config(self, plain: Mapping[str, Any]) -> msgspec.Struct | None:
         """The workflow's parameters as its config struct. Raises `ConfigError`."""

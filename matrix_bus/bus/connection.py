@@ -248,9 +248,7 @@ class Bus:
         info = await self.api(f"STREAM.INFO.{stream}")
         return int(info["state"]["last_seq"])
 
-    async def read(
-        self, stream: str, start: int = 1, *, subject: str = ">", batch: int = 512
-    ) -> AsyncIterator[Stored]:
+    async def read(self, stream: str, start: int = 1, *, subject: str = ">", batch: int = 512) -> AsyncIterator[Stored]:
         """Messages of a stream on `subject` from sequence `start`, in order, up to the newest at this moment.
 
         Needs no consumer: each request is answered by direct gets.

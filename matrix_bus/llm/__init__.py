@@ -2,12 +2,13 @@
 
 from ..orchestrator import Usage
 from .client import LLM
-from .history import Call
+from .history import SEGMENT_MARK, Call, read_segment, segment_body, with_segment
 from .messages import Message, Reply, assistant, system, tool, user
 from .pool import Endpoint, ModelPool
 
 __all__ = (
     "LLM",
+    "SEGMENT_MARK",
     "Call",
     "Endpoint",
     "Message",
@@ -15,7 +16,10 @@ __all__ = (
     "Reply",
     "Usage",
     "assistant",
+    "read_segment",
+    "segment_body",
     "system",
     "tool",
     "user",
+    "with_segment",
 )

@@ -46,8 +46,3 @@ def user_frames(error: BaseException) -> str:
     """The frames of a traceback that are not ours: a handler's mistake is in the user's own code."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_PACKAGE)]
     return "".join(traceback.format_list(frames[-_TRACE_FRAMES:])).rstrip()
-
-
-def too_large(size: int, limit: int) -> RowError:
-    """The error of a row that has outgrown the broker's messages; sizes in bytes."""
-    return RowError(f"the row's message has grown to {size} bytes, the broker takes {limit}: keep less in the state")

@@ -12,13 +12,12 @@ from typing import Any
 
 import msgspec
 
-from ..agent import Next, Outcome, Role, Row, Workflow, load_workflow
+from ..agent import Next, Outcome, Role, Row, Store, Workflow, encode_state, load_workflow
 from ..errors import HandlerError, WorkerCrashed
 from ..llm import LLM
 from ..orchestrator import Orchestrator, decode, encode
 
 MakeLLM = Callable[[], LLM]
-_encode_state = msgspec.json.Encoder().encode
 
 
 class Executors:
@@ -65,8 +64,10 @@ class Caller:
         config: msgspec.Struct | None,
         executors: Executors,
         trials: int,
+        store: Store | None = None,
     ) -> None:
         self._flow = flow
+        self._store = store
         self._role = role
         self._executors = executors
         self._trials = trials
@@ -92,7 +93,7 @@ class Caller:
                 config,
             )
         else:
-            row: Row[Any] = Row(message, self._flow.decode_state(message.state), self._trials)
+            row: Row[Any] = Row(message, self._flow.decode_state(message.state, self._store), self._trials, self._store)
             arguments: dict[str, Any] = self._fixed
             if self._llm_names:
                 llm = make_llm()
@@ -101,7 +102,7 @@ class Caller:
                 result = await role.handler(row, **arguments)
             else:
                 result = await self._executors.in_thread(lambda: role.handler(row, **arguments))
-            state = _encode_state(row.state)
+            state = encode_state(row.state)
         if not isinstance(result, Next | Outcome):
             raise HandlerError(
                 f"role {role.name!r} returned {result!r:.100}: a handler returns to(role), success(), "
@@ -125,4 +126,4 @@ def _call_in_process(
     config = flow.parse_config(msgspec.json.decode(config_json) or {})
     role = flow.roles[role_name]
     result = role.handler(row, **{name: config for name, _ in role.parameters})
-    return result, _encode_state(row.state)
+    return result, encode_state(row.state)

@@ -12,8 +12,6 @@ from ..errors import BusError, BusTimeout, BusUnavailable, PublishRefused, RowEr
 from ..orchestrator import (
     HEADER_LEASE,
     Orchestrator,
-    OutcomeRecord,
-    encode_fitting,
     family,
     hop_subject,
     message_id,
@@ -28,8 +26,6 @@ _EXPECT = "Nats-Expected-Last-Subject-Sequence"
 _EXPECT_ON = "Nats-Expected-Last-Subject-Sequence-Subject"
 
 _LEASE_TRIES = 5
-HEADROOM_BYTES = 2048
-"""Left of the server's message limit for headers and subject."""
 
 log = logger("worker")
 
@@ -42,11 +38,6 @@ class Moves:
         self._run = run
         self._work = work_stream(run)
         self._outcomes = outcome_stream(run)
-
-    @property
-    def limit_bytes(self) -> int:
-        """Largest body of a message."""
-        return self._bus.max_payload - HEADROOM_BYTES
 
     async def last_sequence(self) -> int:
         """Sequence of the newest message of the work stream."""
@@ -91,7 +82,7 @@ class Moves:
                 return True
             wait_s = await pause(self._bus, wait_s)
 
-    async def outcome(self, delivery: Delivery, record: OutcomeRecord, lease: str) -> bool:
+    async def outcome(self, delivery: Delivery, generation: int, body: bytes, lease: str) -> bool:
         """Publishes the outcome, then frees the row's lease, then the hop. False if the row had moved on.
 
         `lease` is empty where the delivery is itself the row message.
@@ -99,9 +90,8 @@ class Moves:
         if not await self.is_last(delivery):
             await self._bus.ack(delivery.ack_subject)
             return False
-        body = encode_fitting(record, self.limit_bytes)
-        subject = outcome_subject(self._run, record.row, record.generation)
-        headers = {"Nats-Msg-Id": message_id(self._run, record.row, record.generation, -1), _EXPECT: "0"}
+        subject = outcome_subject(self._run, delivery.n, generation)
+        headers = {"Nats-Msg-Id": message_id(self._run, delivery.n, generation, -1), _EXPECT: "0"}
         wait_s = FIRST_WAIT_S
         stored = False
         while not stored:
@@ -110,7 +100,7 @@ class Moves:
                 stored = True
             except PublishRefused as error:
                 # A full store refuses a first outcome and a taken subject a second one with codes that overlap.
-                if await self.has_outcome(record.row, record.generation):
+                if await self.has_outcome(delivery.n, generation):
                     break
                 if not is_lost_race(error) and error.code not in TRY_AGAIN:
                     raise

@@ -12,7 +12,7 @@ import msgspec
 from nats.aio.msg import Msg
 
 from .. import telemetry
-from ..agent import Next, Workflow
+from ..agent import Next, Workflow, encode_state
 from ..bus import Bus, Lane
 from ..errors import BusError, MatrixBusError, RowError
 from ..orchestrator import (
@@ -25,18 +25,19 @@ from ..orchestrator import (
     advance,
     decode,
     decode_row,
-    encode,
     finish,
     hop_subject,
     retry,
     work_stream,
 )
+from ..payload import Payloads
 from ..registry import RunRecord
 from .delivery import Delivery
-from .failure import backoff_s, describe, reason_of, too_large, user_frames
+from .failure import backoff_s, describe, reason_of, user_frames
 from .handlers import Caller, Executors
 from .heartbeat import Wheel
 from .moves import Moves
+from .offload import Offload
 from .pulling import Pool, Pump
 from .served import EXPIRED, Resolve, Served
 
@@ -69,6 +70,7 @@ class Session:
         self._pools = pools
         self._pump = pump
         self._moves = Moves(bus, record.id)
+        self._offload = Offload(bus, Payloads(bus, record.id), flow, record.config.io.offload_above_bytes)
         self._wheel = Wheel(bus, record.config.ack_wait_s)
         self._old_until = 0
         self._epoch = -1
@@ -86,7 +88,7 @@ class Session:
                 flow,
                 name,
                 pool,
-                Caller(flow, flow.roles[name], config, executors, record.config.trials),
+                Caller(flow, flow.roles[name], config, executors, record.config.trials, self._offload.store),
                 resolve,
             )
             for name, pool in pools.items()
@@ -202,12 +204,13 @@ class Session:
         start = self.flow.start
         message = admit(row, self.record.id, delivery.n, start, b"", now)
         try:
-            message.state = msgspec.json.encode(self.flow.begin(message.input))
+            message.state = encode_state(self.flow.begin(await self._offload.line(row)))
+            body = await self._offload.pack(message)
         except RowError as error:
             message.hop = 0
             await self._fail(delivery, message, error, "")
             return
-        if await self._moves.move(delivery, message, encode(message), delivery.ack_subject):
+        if await self._moves.move(delivery, message, body, delivery.ack_subject):
             telemetry.ADMITTED.labels(self.flow.name).inc()
 
     # --- hops ---------------------------------------------------------------------------------------------------
@@ -225,15 +228,17 @@ class Session:
         served = self._served[delivery.role]
         if message.not_before:
             await self._wait_until(message.not_before, served.pool)
+        try:
+            await self._offload.unpack(message, self.flow.roles[delivery.role])
+        except RowError as error:
+            await self._fail(delivery, message, error, lease)
+            return
         result, message.state = await served.handle(delivery, message)
         # Still the owner while publishing: the answer is here, nobody else should work for it.
         if isinstance(result, Exception):
             await self._after_error(delivery, message, result, lease)
         elif isinstance(result, Next):
             await self._forward(delivery, message, advance(message, result.role), lease, "advance")
-        elif result.kind != "failed" and len(message.state) + len(message.input) > self._moves.limit_bytes:
-            size = len(message.state) + len(message.input)
-            await self._fail(delivery, message, too_large(size, self._moves.limit_bytes), lease)
         else:
             await self._finish(delivery, message, result.kind, result.reason, lease)
 
@@ -241,11 +246,8 @@ class Session:
         self, delivery: Delivery, message: Orchestrator, following: Orchestrator, lease: str, how: str
     ) -> None:
         """Moves the row on, be it to the next role or to the same one again; a row that cannot travel fails."""
-        body = encode(following)
         try:
-            if len(body) > self._moves.limit_bytes:
-                raise too_large(len(body), self._moves.limit_bytes)
-            await self._moves.move(delivery, following, body, lease)
+            await self._moves.move(delivery, following, await self._offload.pack(following), lease)
         except RowError as error:
             await self._fail(delivery, message, error, lease)
             return
@@ -302,8 +304,11 @@ class Session:
         await self._finish(delivery, message, "failed", reason_of(error), lease)
 
     async def _finish(self, delivery: Delivery, message: Orchestrator, kind: Kind, reason: str, lease: str) -> None:
-        record = finish(message, self.flow.name, self.record.config.trials, kind, reason, time.time())
-        if await self._moves.outcome(delivery, record, lease):
+        now, trials = time.time(), self.record.config.trials
+        body = await self._offload.pack_outcome(
+            message, lambda: finish(message, self.flow.name, trials, kind, reason, now)
+        )
+        if await self._moves.outcome(delivery, message.generation, body, lease):
             telemetry.OUTCOMES.labels(self.flow.name, kind).inc()
         if delivery.role != LEASE_ROLE:
             self._served[delivery.role].stats.settled["outcome"] += 1

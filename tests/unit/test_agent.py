@@ -215,13 +215,13 @@ def rows(n: int = 7, trials: int = 2) -> Row[Draft]:
     return Row(message, made.begin(line), trials)
 
 
-def test_what_a_handler_sees_of_its_row() -> None:
+async def test_what_a_handler_sees_of_its_row() -> None:
     row = rows()
     assert (row.run, row.id, row.number, row.line, row.trial) == ("r1", "a", 7, 3, 1)
     assert (row.hop, row.attempt, row.turn, row.seed) == (1, 1, 1, 42)
     assert row.state == Draft(topic="cats")
-    assert row.input == {"topic": "cats", "k": 1}
-    assert row.history == []
+    assert await row.input() == {"topic": "cats", "k": 1}
+    assert await row.history() == []
 
 
 def test_turn_counts_visits_of_this_role() -> None:
@@ -250,9 +250,9 @@ def test_the_generator_of_a_row_repeats_itself() -> None:
     assert len(set(distinct[0])) == 3
 
 
-def test_history_is_decoded() -> None:
+async def test_history_is_decoded() -> None:
     message = msgspec.structs.replace(rows()._message, history=[b'{"role":"writer"}'])
-    assert Row(message, Draft(topic="cats")).history == [{"role": "writer"}]
+    assert await Row(message, Draft(topic="cats")).history() == [{"role": "writer"}]
 
 
 @pytest.mark.parametrize(

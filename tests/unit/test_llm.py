@@ -47,9 +47,18 @@ from matrix_bus.llm import (
 )
 from matrix_bus.llm.client import derived_seed
 from matrix_bus.llm.direct import DirectTransport
-from matrix_bus.llm.history import Recorder, full_messages, read_call
+from matrix_bus.llm.history import (
+    Call,
+    Recorder,
+    full_messages,
+    read_call,
+    read_segment,
+    segment_body,
+    with_segment,
+)
 from matrix_bus.llm.messages import ChatRequest, Transport
 from matrix_bus.llm.sdk import SdkTransport
+from matrix_bus.orchestrator import Ref
 
 KEY = "sk-very-secret"
 LONG_S = 30.0
@@ -828,5 +837,56 @@ def test_the_public_names() -> None:
     assert set(matrix_bus.llm.__all__) == {
         *("LLM", "Call", "Endpoint", "Message", "ModelPool", "Reply", "Usage"),
         *("assistant", "system", "tool", "user"),
+        *("SEGMENT_MARK", "read_segment", "segment_body", "with_segment"),
     }
     assert Endpoint("http://a", FakeTransport("http://a"), 2).cap == 2
+
+
+# --- histories that are closed into segments ------------------------------------------------------------------------
+
+asked = st.lists(st.sampled_from(["hi", "who", "why", "é" * 30]).map(user), min_size=1, max_size=4)
+
+
+@given(turns=st.lists(st.tuples(st.sampled_from("ab"), st.booleans(), asked, st.booleans()), max_size=12))
+def test_a_history_reads_the_same_wherever_it_was_closed(
+    turns: list[tuple[str, bool, list[Message], bool]],
+) -> None:
+    """Each turn: who speaks, whether it goes on from what the role said last, what it says, and a segment after it."""
+    history: list[bytes] = []
+    stored: dict[str, bytes] = {}
+    said: dict[str, list[Message]] = {}
+    expected: list[list[Message]] = []
+    for role, goes_on, new, close in turns:
+        messages = [*(said.get(role, []) if goes_on else []), *new]
+        said[role] = messages
+        expected.append(messages)
+        recorder = Recorder(history, role)
+        place, call = recorder.open(Call(role=role, model="m", messages=messages))
+        recorder.close(place, msgspec.structs.replace(call, text="done"))
+        assert place == len(expected) - 1
+        if close:
+            body = segment_body(history)
+            ref = Ref.of(body)
+            stored[ref.sha256] = body
+            history = with_segment(history, ref)
+    whole: list[bytes] = []
+    for line in history:
+        segment = read_segment(line)
+        calls = [line] if segment is None else msgspec.json.decode(stored[segment.calls.sha256], type=list[msgspec.Raw])
+        assert segment is None or segment.count == len(calls)
+        whole += map(bytes, calls)
+    assert [full_messages(whole, index) for index in range(len(expected))] == expected
+
+
+def test_a_conversation_goes_on_from_a_segment_without_repeating_it() -> None:
+    history: list[bytes] = []
+    messages: list[Message] = []
+    for turn in range(6):
+        messages.append(user(f"{turn}" * 1000))
+        recorder = Recorder(history, "a")
+        place, call = recorder.open(Call(role="a", model="m", messages=messages))
+        recorder.close(place, call)
+        assert len(history[-1]) < 1300, "one message a turn, wherever the earlier ones are"
+        if turn in (1, 3):
+            history = with_segment(history, Ref.of(segment_body(history)))
+    assert len(history) == 4

@@ -11,6 +11,7 @@ import matrix_bus
 
 PUBLIC = (
     "LLM",
+    "Large",
     "MatrixBusError",
     "Message",
     "ModelConfig",
