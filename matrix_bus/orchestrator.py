@@ -310,14 +310,14 @@ def row_seed(seed: int, line: int, trial: int) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def admit(row: RowMessage, run: str, n: int, role: str, state: bytes, now: float) -> Orchestrator:
-    """Hop 1 of a row, at its first role."""
+def admit(row: RowMessage, run: str, n: int, role: str, state: bytes, now: float, hop: int = 1) -> Orchestrator:
+    """Hop 1 of a row, at its first role; hop 0 for one that never gets there."""
     return Orchestrator(
         schema=SCHEMA,
         run=run,
         n=n,
         generation=row.generation,
-        hop=1,
+        hop=hop,
         attempt=1,
         role=role,
         id=row.id,

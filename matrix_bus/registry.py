@@ -277,16 +277,15 @@ async def watch(bus: Bus) -> AsyncIterator[list[RunRecord]]:
 async def progress(bus: Bus, record: RunRecord) -> Progress:
     """Counts of the run, from the broker."""
     outcomes = await bus.api(f"STREAM.INFO.{outcome_stream(record.id)}")
-    lease = await bus.api(f"CONSUMER.INFO.{work_stream(record.id)}.{LEASE_ROLE}")
-    idle = []
-    for role in record.roles:
-        info = await bus.api(f"CONSUMER.INFO.{work_stream(record.id)}.{role}")
-        if info["num_waiting"] == 0 and info["num_ack_pending"] == 0:
-            idle.append(role)
-    return Progress(
-        total=record.total,
-        outcomes=outcomes["state"]["messages"],
-        in_flight=lease["num_ack_pending"],
-        waiting=lease["num_pending"],
-        idle_roles=idle,
-    )
+    counts = Progress(record.total, outcomes["state"]["messages"], in_flight=0, waiting=0, idle_roles=[])
+    try:
+        lease = await bus.api(f"CONSUMER.INFO.{work_stream(record.id)}.{LEASE_ROLE}")
+        counts.in_flight, counts.waiting = lease["num_ack_pending"], lease["num_pending"]
+        for role in record.roles:
+            info = await bus.api(f"CONSUMER.INFO.{work_stream(record.id)}.{role}")
+            if info["num_waiting"] == 0 and info["num_ack_pending"] == 0:
+                counts.idle_roles.append(role)
+    except PublishRefused as error:
+        if error.code != STREAM_NOT_FOUND or record.state == "active":
+            raise  # only a cancelled run goes on without its queue
+    return counts

@@ -24,7 +24,7 @@ from .agent import Workflow
 from .bus import Bus, Stored, is_lost_race, patiently
 from .config import RunConfig
 from .dataset import Line, Output, Rejected, write_json
-from .errors import BusTimeout, BusUnavailable, MatrixBusError, PublishRefused, RunError
+from .errors import BusTimeout, BusUnavailable, MatrixBusError, NobodyListens, PublishRefused, RunError
 from .orchestrator import (
     OutcomeRecord,
     RowMessage,
@@ -121,7 +121,7 @@ async def submit(
     A row that is in the run already is refused by its fence, so an interrupted submission is simply repeated.
     Raises `BusError` if the broker refuses.
     """
-    started = time.monotonic()
+    started = checked_at = time.monotonic()
     trials, seed = record.config.trials, record.config.seed
     accepted = rejected = 0
     window = asyncio.Semaphore(_WINDOW)
@@ -152,6 +152,9 @@ async def submit(
                 )
                 group.create_task(put(line.number * trials + trial, encode(row)))
             accepted += 1
+            if time.monotonic() - checked_at > _POLL_S:
+                await _require_active(bus, record.id)
+                checked_at = time.monotonic()
             if accepted % 256 == 0:
                 on_progress(accepted * trials)
                 await asyncio.sleep(0)  # confirmations come in even where publishing never has to wait
@@ -177,11 +180,25 @@ async def _publish_row(bus: Bus, run: str, n: int, body: bytes) -> None:
         "Nats-Expected-Last-Subject-Sequence": "0",
         "Nats-Expected-Last-Subject-Sequence-Subject": family(run, n),
     }
+
+    async def publish() -> None:
+        try:
+            await bus.publish(row_subject(run, n), body, headers)
+        except NobodyListens:
+            await _require_active(bus, run)  # or is it the broker that is starting?
+            raise
+
     try:
-        await patiently(bus, lambda: bus.publish(row_subject(run, n), body, headers))
+        await patiently(bus, publish)
     except PublishRefused as error:
         if not is_lost_race(error):  # else it is under way already
             raise
+
+
+async def _require_active(bus: Bus, run: str) -> None:
+    record = await registry.get(bus, run)
+    if record is None or record.state != "active":
+        raise RunError(f"run {run!r} was {record.state if record else 'deleted'} while rows were being submitted")
 
 
 async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGenerator[Stored | None, None]:

@@ -23,7 +23,7 @@ LAYERS = (
     ("bus", "llm", "dataset", "broker"),
     ("agent", "payload"),
     ("registry",),
-    ("worker", "run"),
+    ("worker", "run", "control"),
     ("cli",),
     ("__main__",),
 )

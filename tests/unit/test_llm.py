@@ -48,7 +48,6 @@ from matrix_bus.llm import (
 from matrix_bus.llm.client import derived_seed
 from matrix_bus.llm.direct import DirectTransport
 from matrix_bus.llm.history import (
-    Call,
     Recorder,
     full_messages,
     read_call,
