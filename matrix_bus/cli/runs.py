@@ -378,4 +378,5 @@ def _interruptible(output: Path) -> Iterator[None]:
             say(f"\nrun {run_id} goes on without this terminal: matrix-bus status {run_id}{server}")
             say(f"  its outcomes: matrix-bus collect {run_id} -o {output} --follow{server}")
             say(f"  if not all rows were submitted yet: the same command again, with --run {run_id}")
+            say(f"  to end it: matrix-bus cancel {run_id}{server}")
         raise
