@@ -8,8 +8,8 @@ Three kinds of bytes travel. A row message and an outcome are JSON, so that any 
 so that collecting is copying lines. What hops between agents is this module's msgpack `Orchestrator`; inside it
 everything that a user wrote or will read (input, state, history) is a JSON segment, carried along undecoded.
 
-Evolution rules: fields are only ever added, at the end, with a default that means "written by an older version";
-a change that an older reader would get wrong raises `SCHEMA`, and older readers dead-letter it.
+Evolution rules (docs/protocol.md has them with their reasons): fields are only ever added, at the end, with a default
+that means "written by an older version"; what an older reader would get wrong raises `SCHEMA`.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ class RowMessage(Struct, omit_defaults=True):
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     submitted_at: float
     generation: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
-    schema: int = SCHEMA
+    schema: int = 1
+    """Not `SCHEMA`: a default that is left out when writing must mean the same to every version."""
 
 
 class Orchestrator(Struct, array_like=True):

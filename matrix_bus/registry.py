@@ -20,7 +20,7 @@ from . import payload
 from .bus import STREAM_NOT_FOUND, Bus, Stored, is_lost_race
 from .config import RunConfig
 from .errors import BusError, NobodyListens, PublishRefused, RunError
-from .orchestrator import LEASE_ROLE, is_token, outcome_stream, work_stream
+from .orchestrator import LEASE_ROLE, SCHEMA, is_token, outcome_stream, work_stream
 from .telemetry import logger
 
 BUCKET = "mb_runs"
@@ -53,7 +53,8 @@ class RunRecord(Struct, kw_only=True):
     total: int | None = None
     """Rows of the run, once it is sealed; before that None."""
     versions: dict[str, str] = {}
-    schema: int = 1
+    schema: int = SCHEMA
+    """Of the run's messages: every worker writes this one, and one that cannot leaves the run to others."""
 
 
 class Progress(Struct):

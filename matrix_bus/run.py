@@ -149,6 +149,7 @@ async def submit(
                     id=line.id,
                     seed=row_seed(seed, line.number, trial),
                     submitted_at=time.time(),
+                    schema=record.schema,
                 )
                 group.create_task(put(line.number * trials + trial, encode(row)))
             accepted += 1

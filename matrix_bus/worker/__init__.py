@@ -19,7 +19,7 @@ from .. import registry, telemetry
 from ..agent import Workflow
 from ..bus import Bus
 from ..errors import BusError, MatrixBusError
-from ..orchestrator import LEASE_ROLE
+from ..orchestrator import LEASE_ROLE, SCHEMA
 from ..registry import RunRecord
 from .handlers import Executors
 from .models import EmbeddedModel, Models
@@ -127,6 +127,9 @@ class Worker:
         flow = self._flows.get(record.workflow)
         if flow is None:
             self._refuse(record, f"workflow {record.workflow!r} is not loaded in this worker")
+            return
+        if record.schema > SCHEMA:
+            self._refuse(record, f"the run speaks schema {record.schema}, this worker up to {SCHEMA}: upgrade it")
             return
         if record.code_hash != flow.code_hash:
             self._refuse(

@@ -13,6 +13,7 @@ from matrix_bus.bus import Bus
 from matrix_bus.dataset import Rejected
 from matrix_bus.errors import RunError
 from matrix_bus.orchestrator import (
+    SCHEMA,
     outcome_stream,
     row_seed,
     work_stream,
@@ -172,3 +173,15 @@ async def test_leases_and_hops_are_all_acked_at_the_end(bus: Bus) -> None:
     for name in ("_", "a", "b"):
         info = await consumer(bus, work_stream(record.id), name)
         assert (info["num_pending"], info["num_ack_pending"], info["num_redelivered"]) == (0, 0, 0)
+
+
+async def test_a_run_of_a_newer_schema_is_left_to_newer_workers(bus: Bus) -> None:
+    flow = trip()
+    record = await submitted(bus, flow, rows(2))
+    await registry.update(bus, record.id, schema=SCHEMA + 1)
+    async with working(bus.url, flow) as worker:
+        await until(lambda: worker._refused.get(record.id), "the refusal")
+        assert "upgrade" in worker._refused[record.id]
+        assert await messages(bus, work_stream(record.id)) == 2, "nothing was taken"
+        await registry.update(bus, record.id, schema=SCHEMA)
+        assert len(await all_outcomes(bus, record)) == 2
