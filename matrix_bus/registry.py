@@ -207,22 +207,25 @@ async def require(bus: Bus, run: str) -> RunRecord:
     return record
 
 
-async def runs(bus: Bus) -> list[RunRecord]:
-    """All runs that are not deleted, oldest first."""
+async def runs(bus: Bus, said: set[str] | None = None) -> list[RunRecord]:
+    """All runs that are not deleted, oldest first. Those in `said` are known to be unreadable."""
     try:
         stored = [message async for message in bus.read(_KEYS)]  # the bucket keeps the newest of each key
     except NobodyListens:
         return []  # no run was ever submitted here: the bucket does not exist yet
-    records = [record for message in stored if (record := _readable(message)) is not None]
+    said = said if said is not None else set()
+    records = [record for message in stored if (record := _readable(message, said)) is not None]
     return sorted((r for r in records if r.state != "deleted"), key=lambda r: r.created_at)
 
 
-def _readable(message: Stored) -> RunRecord | None:
-    """One run that a newer version wrote must not keep a worker from all others."""
+def _readable(message: Stored, said: set[str]) -> RunRecord | None:
+    """One run that a newer version wrote must not keep a worker from all others; it is said once."""
     try:
         return _decode.decode(message.data)
     except msgspec.DecodeError as error:
-        log.warning("registry.unreadable_run", key=message.subject, error=str(error))
+        if message.subject not in said:
+            said.add(message.subject)
+            log.warning("registry.unreadable_run", key=message.subject, error=str(error))
         return None
 
 
@@ -250,6 +253,7 @@ async def watch(bus: Bus) -> AsyncIterator[list[RunRecord]]:
     """
     changed = asyncio.Event()
     changed.set()
+    said: set[str] = set()
 
     async def wake(_: Msg | None = None) -> None:
         changed.set()
@@ -260,7 +264,7 @@ async def watch(bus: Bus) -> AsyncIterator[list[RunRecord]]:
         while True:
             changed.clear()
             try:
-                yield [record for record in await runs(bus) if record.state == "active"]
+                yield [record for record in await runs(bus, said) if record.state == "active"]
             except BusError as error:
                 log.debug("registry.unreadable", error=str(error))
                 await bus.wait_connected()
