@@ -45,7 +45,8 @@ class Bus:
     """A live connection. Made by `Bus.connect`; survives restarts of the broker until it is closed."""
 
     def __init__(self, url: str, client: Client) -> None:
-        self.url = url
+        self.url = re.sub("//[^@/]*@", "//", url)
+        """Where the broker is, without the user and password that may stand in the address: it is for messages."""
         self.nc = client
         self.epoch = 0
         """Counts reconnects: what was pulled or heartbeated in an older epoch may be forgotten by the broker."""
@@ -101,7 +102,7 @@ class Bus:
                 await client.close()
             why = last[0] if last else error
             raise BusUnavailable(
-                f"no broker answers at {url} ({why or type(why).__name__}): check the address "
+                f"no broker answers at {bus.url} ({why or type(why).__name__}): check the address "
                 "(--server, MATRIX_BUS_SERVER) or start one with `matrix-bus broker`"
             ) from None
         try:
@@ -118,10 +119,14 @@ class Bus:
         found = re.match(r"(\d+)\.(\d+)", version)
         if found is None or (int(found[1]), int(found[2])) < OLDEST_SERVER:
             raise BusUnsuitable(
-                f"nats-server at {self.url} is {version}: matrix-bus needs {OLDEST_SERVER[0]}.{OLDEST_SERVER[1]}"
+                f"nats-server at {self.url} is {version}: matrix-bus needs "
+                f"{OLDEST_SERVER[0]}.{OLDEST_SERVER[1]} or later; upgrade it, or leave --server out for a local one"
             )
         if not info.get("jetstream"):
-            raise BusUnsuitable(f"nats-server at {self.url} runs without JetStream: start it with `-js`")
+            raise BusUnsuitable(
+                f"nats-server at {self.url} runs without JetStream: start it with `nats-server -js`, or with "
+                "`jetstream {}` in its configuration"
+            )
 
     async def _open(self) -> None:
         await self.nc.subscribe(self._inbox + "*", cb=self._on_reply, pending_msgs_limit=0, pending_bytes_limit=0)
@@ -323,8 +328,9 @@ class Bus:
             waiting[0].set_result(message)
 
     async def _on_disconnect(self) -> None:
+        was_up = self._up.is_set()
         self._up.clear()
-        if not self._closing:
+        if was_up and not self._closing:
             log.warning("bus.disconnected", url=self.url)
         self._fail_waiting("the connection was lost")
 

@@ -76,7 +76,7 @@ def worker(
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, serving.stop)
-            say(f"worker of {', '.join(f.name for f in flows)}: {', '.join(role or known)} · broker {url}")
+            say(f"worker of {', '.join(f.name for f in flows)}: {', '.join(role or known)} · broker {bus.url}")
             # A hop makes hundreds of objects that outlive a young collection and no cycles: with the default
             # thresholds a quarter of a busy worker's time goes into looking for cycles among them.
             gc.collect()

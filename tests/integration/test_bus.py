@@ -233,3 +233,12 @@ def plain_server(tmp_path: Path) -> Iterator[str]:
 async def test_a_server_without_jetstream_is_unsuitable(plain_server: str) -> None:
     with pytest.raises(BusUnsuitable, match="-js"):
         await Bus.connect(plain_server)
+
+
+async def test_a_password_in_the_address_is_never_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"nats://me:hush-hush@127.0.0.1:{free_port()}"
+    with pytest.raises(BusUnavailable) as caught:
+        await Bus.connect(url)
+    printed = capsys.readouterr()
+    assert "hush" not in str(caught.value) + printed.out + printed.err
+    assert "nats://127.0.0.1:" in str(caught.value)
