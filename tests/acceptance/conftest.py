@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ FLOW = '''
 import asyncio
 import os
 
-from matrix_bus import Next, Outcome, Row, State, Workflow, success, to
+from matrix_bus import Large, Next, Outcome, Row, State, Workflow, success, to
 
 CALLS = os.open(os.environ["CALLS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 SECONDS = float(os.environ.get("SECONDS", "0.003"))
@@ -29,6 +30,7 @@ SECONDS = float(os.environ.get("SECONDS", "0.003"))
 class Walk(State):
     x: int
     path: list[str] = []
+    page: Large[str] = Large("")
 
 
 flow = Workflow("walk", state=Walk, start="plan")
@@ -50,6 +52,8 @@ async def plan(row: Row[Walk]) -> Next:
 
 @flow.role
 async def write(row: Row[Walk]) -> Next:
+    if page := await row.state.page.get():
+        row.state.page = Large(page[::-1])
     await step(row)
     return to("judge")
 
@@ -163,9 +167,12 @@ class Shell:
             check=False,
         )
 
-    def dataset(self, rows: int, name: str = "data.jsonl") -> Path:
+    def dataset(self, rows: int, name: str = "data.jsonl", page: Callable[[int], str] = lambda _: "") -> Path:
+        """Rows of this name; `page` is what each row has to carry."""
         path = self.directory / name
-        path.write_text("".join(f'{{"x": {x}}}\n' for x in range(rows)))
+        with path.open("w") as file:
+            for x in range(rows):
+                file.write(json.dumps({"x": x, **({"page": page(x)} if page(x) else {})}) + "\n")
         return path
 
     def end(self) -> None:
