@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import string
 from collections.abc import AsyncIterator
@@ -27,6 +28,7 @@ from matrix_bus import (
     RunConfig,
     State,
     Workflow,
+    load_workflow,
     run,
     success,
     to,
@@ -435,3 +437,33 @@ async def test_collecting_writes_whole_lines(bus: Bus, tmp_path: Path) -> None:
     found = sorted(map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines()), key=lambda o: o["row"])
     assert [len(o["state"]["page"]) for o in found] == [300_000, 5]
     assert found[0]["input"] == json.loads(line)
+
+
+async def test_a_process_handler_has_its_values_at_hand(bus: Bus, tmp_path: Path) -> None:
+    path = tmp_path / "apart.py"
+    name = unique("apart")
+    path.write_text(f'''
+import os
+from matrix_bus import Large, Outcome, Row, State, Workflow, success
+
+
+class Page(State):
+    page: Large[str]
+    pid: int = 0
+
+
+flow = Workflow("{name}", state=Page, start="turn")
+
+
+@flow.role(process=True)
+def turn(row: Row[Page]) -> Outcome:
+    row.state.page = Large(row.state.page.value[::-1])
+    row.state.pid = os.getpid()
+    return success()
+''')
+    page = text(200_000)
+    _, _, (outcome,) = await finished(bus, load_workflow(str(path)), [msgspec.json.encode({"page": page})])
+    assert outcome.outcome == "success", outcome.errors
+    state = json.loads(bytes(outcome.state))
+    assert state["page"] == page[::-1]
+    assert state["pid"] not in (0, os.getpid())
