@@ -10,7 +10,7 @@ import io
 import os
 import reprlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -114,7 +114,7 @@ class Intake:
         return Rejected(self._at, reason, text)
 
 
-def read(path: str, check: Check = lambda _: None) -> Iterator[Line | Rejected]:
+def read(path: str, check: Check = lambda _: None) -> Generator[Line | Rejected, None, None]:
     """The lines of a JSONL file (`.zst` is decompressed, `-` is stdin), in order.
 
     Raises `DatasetError` if the file cannot be read at all, or only in part.
