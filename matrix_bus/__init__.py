@@ -11,8 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .agent import Large, Next, Outcome, Row, State, Workflow, failed, filtered, load_workflow, success, to
+    from .catalog import WorkflowInfo
+    from .client import (
+        BlockingClient,
+        BlockingRun,
+        Client,
+        Rejections,
+        Run,
+        Status,
+        connect,
+        connect_blocking,
+    )
     from .config import ModelConfig, RoleConfig, RunConfig, Sampling
-    from .errors import MatrixBusError
+    from .dataset import Rejected
+    from .errors import BusError, MatrixBusError, UsageError
     from .llm import LLM, Message, Reply, assistant, system, tool, user
     from .orchestrator import OutcomeRecord, Usage
 
@@ -30,8 +42,20 @@ _HOMES = {
         "success",
         "to",
     ),
+    "catalog": ("WorkflowInfo",),
+    "client": (
+        "BlockingClient",
+        "BlockingRun",
+        "Client",
+        "Rejections",
+        "Run",
+        "Status",
+        "connect",
+        "connect_blocking",
+    ),
     "config": ("ModelConfig", "RoleConfig", "RunConfig", "Sampling"),
-    "errors": ("MatrixBusError",),
+    "dataset": ("Rejected",),
+    "errors": ("BusError", "MatrixBusError", "UsageError"),
     "llm": ("LLM", "Message", "Reply", "assistant", "system", "tool", "user"),
     "orchestrator": ("OutcomeRecord", "Usage"),
 }
@@ -41,6 +65,10 @@ __version__ = "0.1.0"
 
 __all__ = (
     "LLM",
+    "BlockingClient",
+    "BlockingRun",
+    "BusError",
+    "Client",
     "Large",
     "MatrixBusError",
     "Message",
@@ -48,16 +76,24 @@ __all__ = (
     "Next",
     "Outcome",
     "OutcomeRecord",
+    "Rejected",
+    "Rejections",
     "Reply",
     "RoleConfig",
     "Row",
+    "Run",
     "RunConfig",
     "Sampling",
     "State",
+    "Status",
     "Usage",
+    "UsageError",
     "Workflow",
+    "WorkflowInfo",
     "__version__",
     "assistant",
+    "connect",
+    "connect_blocking",
     "failed",
     "filtered",
     "load_workflow",

@@ -127,11 +127,16 @@ def compose(overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
     if isinstance(models, dict):
         models.setdefault("default", {})
     config = _parse_run(plain)
+    check_storable(config)
+    return config
+
+
+def check_storable(config: RunConfig) -> None:
+    """Raises `ConfigError` if the config, stored as JSON, would be read as another one."""
     if msgspec.json.decode(msgspec.json.encode(config), type=RunConfig) != config:
         raise ConfigError(
-            f"these settings cannot be stored as JSON (an infinity, or not a number?): {' '.join(overrides)}"
+            f"these settings cannot be stored as JSON (an infinity, or not a number?): {msgspec.to_builtins(config)}"
         )
-    return config
 
 
 def _parse_run(plain: dict[Any, Any]) -> RunConfig:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import dataclasses
 import hashlib
 import io
 import os
+import reprlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +30,7 @@ class Line(Struct, frozen=True):
     number: int
     """From 0, blank lines not counted: the row's place."""
     body: bytes
-    """As it stands in the file, without the line end."""
+    """JSON, as it stands in the file, without the line end."""
     id: str
     """The `id` field if the line has one, else the number."""
 
@@ -37,10 +39,10 @@ class Rejected(Struct, frozen=True):
     """A line that cannot become a row."""
 
     line: int
-    """As an editor counts: from 1, blank lines included."""
+    """As an editor counts: from 1, blank lines included; of an iterable, the item's place from 1."""
     reason: str
     text: str
-    """The beginning of the line."""
+    """The beginning of the line, or of the item's repr."""
 
 
 class _Head(Struct):
@@ -55,52 +57,88 @@ Check = Callable[[bytes], object]
 """Raises `RowError` for a line that the workflow cannot take."""
 
 
-def read(path: str, check: Check = lambda _: None) -> Iterator[Line | Rejected]:
+class Intake:
+    """Numbers and checks the lines of one dataset; what comes from a file and from a program goes through here."""
+
+    def __init__(self, check: Check = lambda _: None) -> None:
+        self._check = check
+        self._at = 0
+        self.count = 0
+        """Lines so far that are not blank."""
+
+    def take_line(self, raw: bytes) -> Line | Rejected | None:
+        """The next line; None if it is blank."""
+        self._at += 1
+        body = (raw.removeprefix(codecs.BOM_UTF8) if self._at == 1 else raw).strip()
+        return self._examine(body) if body else None
+
+    def take(self, item: object) -> Line | Rejected | None:
+        """The next item of an iterable: a JSON object as text, or what msgspec writes as one."""
+        if isinstance(item, bytes):
+            return self.take_line(item)
+        self._at += 1
+        try:
+            body = _as_json(item)
+        except RecursionError:
+            return self._reject("nested too deeply", item)
+        except (TypeError, ValueError, OverflowError) as error:
+            return self._reject(str(error), item)
+        return self._examine(body) if body else None
+
+    def _examine(self, body: bytes) -> Line | Rejected:
+        if len(body) >= MAX_LINE_BYTES:
+            return self._reject(f"longer than {MAX_LINE_BYTES >> 20} MiB", body)
+        try:
+            body.decode()
+            head = _decode_head.decode(body)
+        except UnicodeDecodeError as error:
+            return self._reject(f"not UTF-8: {error.reason} at byte {error.start}", body)
+        except RecursionError:
+            return self._reject("nested too deeply", body)
+        except msgspec.DecodeError as error:
+            return self._reject(f"not a JSON object: {error}", body)
+        try:
+            identity = _decode_id.decode(head.id)
+        except msgspec.DecodeError as error:
+            return self._reject(f"the id must be a text or a whole number: {error}", body)
+        try:
+            self._check(body)
+        except RowError as error:
+            return self._reject(str(error), body)
+        self.count += 1
+        return Line(self.count - 1, body, str(self.count - 1 if identity is None else identity))
+
+    def _reject(self, reason: str, found: object) -> Rejected:
+        self.count += 1
+        text = found[:200].decode("utf-8", "replace") if isinstance(found, bytes) else reprlib.repr(found)[:200]
+        return Rejected(self._at, reason, text)
+
+
+def read(path: str, check: Check = lambda _: None) -> Generator[Line | Rejected, None, None]:
     """The lines of a JSONL file (`.zst` is decompressed, `-` is stdin), in order.
 
     Raises `DatasetError` if the file cannot be read at all, or only in part.
     """
-    number = 0
+    intake = Intake(check)
     try:
         with _open(path) as file:
-            for at, raw in enumerate(_lines(file), start=1):
-                body = (raw.removeprefix(codecs.BOM_UTF8) if at == 1 else raw).strip()
-                if not body:
-                    continue
-                if len(body) >= MAX_LINE_BYTES:
-                    yield Rejected(at, f"longer than {MAX_LINE_BYTES >> 20} MiB", _excerpt(body))
-                else:
-                    yield _parse(at, number, body, check)
-                number += 1
+            for raw in _lines(file):
+                if (line := intake.take_line(raw)) is not None:
+                    yield line
     except (OSError, zstandard.ZstdError, EOFError) as error:
         raise DatasetError(f"cannot read {path}: {error}") from None
-    if number == 0:
+    if intake.count == 0:
         raise DatasetError(f"{path} has no rows: a dataset is one JSON object per line")
 
 
-def _parse(at: int, number: int, body: bytes, check: Check) -> Line | Rejected:
-    try:
-        body.decode()
-        head = _decode_head.decode(body)
-    except UnicodeDecodeError as error:
-        return Rejected(at, f"not UTF-8: {error.reason} at byte {error.start}", _excerpt(body))
-    except RecursionError:
-        return Rejected(at, "nested too deeply", _excerpt(body))
-    except msgspec.DecodeError as error:
-        return Rejected(at, f"not a JSON object: {error}", _excerpt(body))
-    try:
-        identity = _decode_id.decode(head.id)
-    except msgspec.DecodeError as error:
-        return Rejected(at, f"the id must be a text or a whole number: {error}", _excerpt(body))
-    try:
-        check(body)
-    except RowError as error:
-        return Rejected(at, str(error), _excerpt(body))
-    return Line(number, body, str(number if identity is None else identity))
-
-
-def _excerpt(body: bytes) -> str:
-    return body[:200].decode("utf-8", "replace")
+def _as_json(item: object) -> bytes:
+    if isinstance(item, str):
+        return item.strip().encode()
+    is_instance = not isinstance(item, type)
+    if is_instance and (isinstance(item, Mapping | Struct) or dataclasses.is_dataclass(item)):
+        return msgspec.json.encode(dict(item) if isinstance(item, Mapping) else item)
+    kind = item.__name__ if isinstance(item, type) else type(item).__name__
+    raise TypeError(f"a row is a mapping, a msgspec struct, a dataclass or a JSON object as text, not {kind}")
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
@@ -153,6 +191,11 @@ class _Zstd(io.RawIOBase):
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
+
+
+def identity(path: str) -> str:
+    """Path and fingerprint, so that a run is not continued with other data; `-` for stdin."""
+    return "-" if path == "-" else f"{Path(path).resolve()}#{fingerprint(path)}"
 
 
 def fingerprint(path: str) -> str:

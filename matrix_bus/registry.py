@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 from nats.aio.msg import Msg
 
-from . import payload
+from . import catalog, payload
 from .bus import STREAM_NOT_FOUND, Bus, Stored, is_lost_race
 from .config import RunConfig
 from .errors import BusError, NobodyListens, PublishRefused, RunError
@@ -89,6 +89,7 @@ def _key(run: str) -> str:
 
 async def prepare(bus: Bus) -> None:
     """Creates what all runs share, if it is not there yet."""
+    await catalog.prepare(bus)
     await bus.api(
         f"STREAM.CREATE.{_KEYS}",
         {

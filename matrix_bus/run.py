@@ -10,10 +10,10 @@ import contextlib
 import platform
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Raw, Struct
@@ -22,9 +22,10 @@ from nats.aio.msg import Msg
 from . import registry
 from .agent import Workflow
 from .bus import Bus, Stored, is_lost_race, patiently
+from .catalog import WorkflowInfo
 from .config import RunConfig
 from .dataset import Line, Output, Rejected, write_json
-from .errors import BusTimeout, BusUnavailable, MatrixBusError, NobodyListens, PublishRefused, RunError
+from .errors import BusTimeout, BusUnavailable, NobodyListens, PublishRefused, RunError
 from .orchestrator import (
     OutcomeRecord,
     RowMessage,
@@ -47,6 +48,7 @@ _WINDOW = 1024
 _POLL_S = 1.0
 _FLUSH_S = 1.0
 
+T = TypeVar("T")
 log = logger("run")
 
 
@@ -60,7 +62,7 @@ class Submitted(Struct):
     seconds: float
 
 
-def new_record(flow: Workflow[Any], config: RunConfig, *, run: str = "", dataset: str = "") -> RunRecord:
+def new_record(flow: Workflow[Any] | WorkflowInfo, config: RunConfig, *, run: str = "", dataset: str = "") -> RunRecord:
     """The record of a run to be. Raises `ConfigError` if the config does not fit the workflow."""
     flow.parse_config(config.workflow)
     for name, role in config.roles.items():
@@ -88,8 +90,14 @@ async def open_run(bus: Bus, record: RunRecord) -> RunRecord:
     await registry.prepare(bus)
     there = await registry.get(bus, record.id)
     if there is None:
-        await registry.create(bus, record)
-        return record
+        try:
+            await registry.create(bus, record)
+        except RunError:  # somebody else was faster: perhaps with the same run
+            there = await registry.get(bus, record.id)
+            if there is None:
+                raise
+        else:
+            return record
     if there.state != "active":
         raise RunError(f"run {record.id!r} is {there.state}: choose another --run")
     for field in ("workflow", "code_hash", "dataset", "config"):
@@ -111,7 +119,7 @@ def _difference(old: Any, new: Any, at: str = "") -> str:
 async def submit(
     bus: Bus,
     record: RunRecord,
-    lines: Iterable[Line | Rejected],
+    lines: Iterable[Line | Rejected] | AsyncIterable[Line | Rejected],
     *,
     on_reject: Callable[[Rejected], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
@@ -119,7 +127,8 @@ async def submit(
     """Publishes every line `trials` times, then seals the run with its total.
 
     A row that is in the run already is refused by its fence, so an interrupted submission is simply repeated.
-    Raises `BusError` if the broker refuses.
+    A line is asked for only when the window has room for it. Raises `BusError` if the broker refuses, `RunError` if
+    the run is ended meanwhile, and what `lines` raises as it is.
     """
     started = checked_at = time.monotonic()
     trials, seed = record.config.trials, record.config.seed
@@ -133,8 +142,8 @@ async def submit(
         finally:
             window.release()
 
-    async with _unwrapped_group() as group:
-        for line in lines:
+    async with _unwrapped_group() as group, contextlib.aclosing(_each(lines)) as each:
+        async for line in each:
             if isinstance(line, Rejected):
                 rejected += 1
                 on_reject(line)
@@ -154,25 +163,37 @@ async def submit(
                 group.create_task(put(line.number * trials + trial, encode(row)))
             accepted += 1
             if time.monotonic() - checked_at > _POLL_S:
-                await _require_active(bus, record.id)
+                await patiently(bus, lambda: _require_active(bus, record.id))
                 checked_at = time.monotonic()
             if accepted % 256 == 0:
                 on_progress(accepted * trials)
                 await asyncio.sleep(0)  # confirmations come in even where publishing never has to wait
     rows = accepted * trials
-    await registry.update(bus, record.id, total=rows)
+    await patiently(bus, lambda: registry.update(bus, record.id, total=rows))
     on_progress(rows)
     return Submitted(record.id, rows, rejected, time.monotonic() - started)
 
 
 @contextlib.asynccontextmanager
 async def _unwrapped_group() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group whose first error comes out as itself."""
+    """A task group whose first error comes out as itself, with its own cause and context."""
+    first: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as group:
             yield group
-    except* MatrixBusError as errors:
-        raise errors.exceptions[0] from None
+    except BaseExceptionGroup as errors:
+        first = errors.exceptions[0]
+    if first is not None:
+        raise first
+
+
+async def _each(lines: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
+    if isinstance(lines, AsyncIterable):
+        async for line in lines:
+            yield line
+    else:
+        for line in lines:
+            yield line
 
 
 async def _publish_row(bus: Bus, run: str, n: int, body: bytes) -> None:
@@ -214,6 +235,7 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
         arrived.set()
 
     stream = outcome_stream(run)
+    await bus.wait_connected()
     subscription = await bus.nc.subscribe(f"out.{run}.>", cb=wake)
     forget = bus.on_reconnect(wake)
     try:

@@ -1,8 +1,8 @@
 """Names of logs and metrics, in one place.
 
-Logs go to stderr through structlog, quiet by default. Every line that is written while a hop is being handled
-carries run, row, hop and role. matrix-bus configures structlog only in its own processes; embedded, the host's
-configuration holds.
+In processes of our own (`configure_logs`) logs go to stderr through structlog, quiet by default. Embedded in a host
+they are records of the standard library's loggers `matrix_bus.<part>`, seen where the host attaches a handler, and
+structlog is not even imported. What is logged while a hop is being handled carries run, row, hop and role.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import contextvars
 import itertools
 import logging
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from typing import Any
 
-import structlog
 from prometheus_client import REGISTRY, Counter, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -26,21 +25,55 @@ Hop = tuple[str, int, int, str]
 current_hop: contextvars.ContextVar[Hop | None] = contextvars.ContextVar("matrix_bus_hop", default=None)
 
 
-def logger(name: str) -> Any:
-    """A structlog logger; `name` is the part of matrix-bus that speaks."""
-    return structlog.get_logger(f"matrix_bus.{name}")
+class Logger:
+    """Events with fields, for whoever listens in this process."""
+
+    def __init__(self, name: str) -> None:
+        self._host = logging.getLogger(name)
+
+    def debug(self, event: str, **fields: Any) -> None:
+        self._log(logging.DEBUG, event, fields)
+
+    def info(self, event: str, **fields: Any) -> None:
+        self._log(logging.INFO, event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        self._log(logging.WARNING, event, fields)
+
+    def exception(self, event: str, **fields: Any) -> None:
+        """An error, with the exception that is being handled."""
+        self._log(logging.ERROR, event, fields, exc_info=True)
+
+    def _log(self, level: int, event: str, fields: dict[str, Any], *, exc_info: bool = False) -> None:
+        hop = current_hop.get()
+        if hop is not None:
+            for name, value in zip(("run", "row", "hop", "role"), hop, strict=True):
+                fields.setdefault(name, value)
+        if _own is not None:
+            _own.log(level, event, **fields, **({"exc_info": True} if exc_info else {}))
+        elif self._host.isEnabledFor(level):
+            text = " ".join([event, *(f"{name}={value!r}" for name, value in fields.items())])
+            extra = {"matrix_bus": {"event": event, **fields}}
+            self._host.log(level, "%s", text, exc_info=exc_info, extra=extra, stacklevel=3)
 
 
-def _add_hop(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    hop = current_hop.get()
-    if hop is not None:
-        for key, value in zip(("run", "row", "hop", "role"), hop, strict=True):
-            event.setdefault(key, value)
-    return event
+_own: Any = None
+"""structlog's logger, in a process of our own."""
+
+# Without it the library's last resort would print warnings to the host's stderr.
+logging.getLogger("matrix_bus").addHandler(logging.NullHandler())
+
+
+def logger(name: str) -> Logger:
+    """The logger of a part of matrix-bus."""
+    return Logger(f"matrix_bus.{name}")
 
 
 def configure_logs(*, level: str = "warning", json: bool = False) -> None:
     """Sets up logging of a matrix-bus process: lines for people, or one JSON object a line."""
+    import structlog
+
+    global _own  # noqa: PLW0603 - a process is ours or it is not
     renderer: Any = (
         structlog.processors.JSONRenderer()
         if json
@@ -50,7 +83,6 @@ def configure_logs(*, level: str = "warning", json: bool = False) -> None:
         )
     )
     processors: list[Any] = [
-        _add_hop,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso" if json else "%H:%M:%S", utc=json),
     ]
@@ -62,6 +94,7 @@ def configure_logs(*, level: str = "warning", json: bool = False) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
+    _own = structlog.get_logger()
     # The client library reports lost connections as errors with tracebacks; the bus reports them itself.
     logging.getLogger("nats").setLevel(logging.CRITICAL)
 

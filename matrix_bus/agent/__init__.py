@@ -13,7 +13,7 @@ async def writer(row: Row[Draft], llm: LLM) -> Next | Outcome: ...
 from __future__ import annotations
 
 from .large import Large, Store, encode_state
-from .load import installed_workflows, load_workflow
+from .load import identify, installed_workflows, load_workflow
 from .row import Next, Outcome, Row, State, failed, filtered, success, to
 from .workflow import Role, Workflow
 
@@ -29,6 +29,7 @@ __all__ = (
     "encode_state",
     "failed",
     "filtered",
+    "identify",
     "installed_workflows",
     "load_workflow",
     "success",

@@ -87,3 +87,21 @@ def _code_hash(module: Any) -> str:
     for source in files:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def identify(flow: Workflow[Any]) -> None:
+    """Gives a workflow that was imported, not loaded, the code hash that `load_workflow` would give it.
+
+    Raises `WorkflowError` where its code has no file, as in a notebook.
+    """
+    if flow.code_hash:
+        return
+    flow.check()
+    if flow.name in installed_workflows() and load_workflow(flow.name) is flow:
+        return
+    module = sys.modules.get(flow.roles[flow.start].handler.__module__)
+    if getattr(module, "__file__", None) is None:
+        raise WorkflowError(
+            f"workflow {flow.name!r} was not written in a file: put it into one that the workers load too"
+        )
+    flow.code_hash = _code_hash(module)

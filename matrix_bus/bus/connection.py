@@ -134,7 +134,10 @@ class Bus:
         self._up.set()
 
     async def close(self) -> None:
-        """Flushes what was sent and ends the connection. Calls that still wait get `BusTimeout`."""
+        """Flushes what was sent and ends the connection.
+
+        Calls that still wait get `BusTimeout`; later ones, and who waits for a reconnect, `BusUnavailable`.
+        """
         self._closing = True
         for task in (self._sweeper, self._after_reconnect):
             if task is not None:
@@ -145,6 +148,7 @@ class Bus:
         with contextlib.suppress(nats.errors.Error, OSError):
             await self.nc.close()
         self._fail_waiting("the connection was closed")
+        self._up.set()  # who waits for the broker must not wait for ever
 
     async def __aenter__(self) -> Bus:
         return self
@@ -159,11 +163,13 @@ class Bus:
 
     @property
     def connected(self) -> bool:
-        return self._up.is_set()
+        return self._up.is_set() and not self._closing
 
     async def wait_connected(self) -> None:
-        """Returns at once while connected, else when the broker is back."""
+        """Returns at once while connected, else when the broker is back. Raises `BusUnavailable` once closed."""
         await self._up.wait()
+        if self._closing:
+            raise BusUnavailable(f"the connection to {self.url} was closed")
 
     def on_reconnect(self, callback: Reconnected) -> Callable[[], None]:
         """Calls `callback` after every reconnect, until the returned function is called."""
@@ -180,8 +186,8 @@ class Bus:
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> Msg:
         """One request, one reply. Raises `BusTimeout` if none comes, also when nobody listens."""
-        if not self._up.is_set():
-            await self._up.wait()
+        if self._closing or not self._up.is_set():
+            await self.wait_connected()
         token = str(next(self._tokens))
         future: asyncio.Future[Msg] = self._loop.create_future()
         self._waiting[token] = (future, time.monotonic() + timeout_s)
@@ -269,7 +275,7 @@ class Bus:
                 return
 
     async def _direct(self, stream: str, query: dict[str, Any]) -> AsyncIterator[Stored]:
-        await self._up.wait()
+        await self.wait_connected()
         token = str(next(self._tokens))
         queue: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._batches[token] = queue

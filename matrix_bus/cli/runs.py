@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from .. import dataset, registry, run
+from .. import catalog, dataset, registry, run
 from ..agent import Workflow, load_workflow
 from ..bus import Bus
 from ..config import RunConfig, compose
@@ -231,18 +231,14 @@ class _Job:
     output: Path
     run_id: str
 
-    @property
-    def dataset_name(self) -> str:
-        """Path and fingerprint, so that a run is not continued with other data."""
-        return "-" if self.data == "-" else f"{Path(self.data).resolve()}#{dataset.fingerprint(self.data)}"
-
 
 async def _start(bus: Bus, job: _Job) -> RunRecord:
     """Opens the run and submits the dataset to it."""
     lines = dataset.read(job.data, check=job.flow.begin)
     first = next(lines)  # an unreadable file must not leave an empty run behind
-    record = run.new_record(job.flow, job.config, run=job.run_id, dataset=job.dataset_name)
+    record = run.new_record(job.flow, job.config, run=job.run_id, dataset=dataset.identity(job.data))
     record = await run.open_run(bus, record)
+    await catalog.announce(bus, catalog.describe(job.flow))
     _submitting.append(record.id)
     if record.total is not None:
         say(f"run {record.id} is submitted already, with {record.total} rows: going on with it")

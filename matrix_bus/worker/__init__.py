@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import CodeType
 from typing import Any
 
-from .. import registry, telemetry
+from .. import catalog, registry, telemetry
 from ..agent import Workflow
 from ..bus import Bus
 from ..errors import BusError, MatrixBusError
@@ -93,6 +93,7 @@ class Worker:
                 group.create_task(self.watchdog.run(), name="watchdog"),
                 group.create_task(self._follow_runs(), name="runs"),
                 group.create_task(self._retire_finished(), name="retire"),
+                group.create_task(self._announce(), name="announce"),
             ]
             await self._stopping.wait()
             self._pump.stop()
@@ -110,6 +111,25 @@ class Worker:
                 task.cancel()
         self._executors.close()
         await self._models.close()
+
+    async def _announce(self) -> None:
+        """Tells the bus what is served here, once; after a reconnect where it could not, or where it is gone."""
+        reconnected = asyncio.Event()
+
+        async def wake() -> None:
+            reconnected.set()
+
+        forget = self._bus.on_reconnect(wake)
+        announced: set[str] = set()
+        try:
+            while True:
+                reconnected.clear()
+                for flow in self._flows.values():
+                    if await catalog.announce(self._bus, catalog.describe(flow), replace=flow.name not in announced):
+                        announced.add(flow.name)
+                await reconnected.wait()
+        finally:
+            forget()
 
     async def _follow_runs(self) -> None:
         async for records in registry.watch(self._bus):

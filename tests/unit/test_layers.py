@@ -22,8 +22,10 @@ LAYERS = (
     ("orchestrator",),
     ("bus", "llm", "dataset", "broker"),
     ("agent", "payload"),
+    ("catalog",),
     ("registry",),
     ("worker", "run", "control"),
+    ("client",),
     ("cli",),
     ("__main__",),
 )

@@ -1,0 +1,96 @@
+"""A caller's rows as lines of a dataset, asked for one by one: whoever takes them sets the pace."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import inspect
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
+from typing import Any
+
+from ..dataset import Check, Intake, Line, Rejected, read
+from ..errors import DatasetError
+
+Rows = str | os.PathLike[str] | Iterable[Any] | AsyncIterable[Any]
+"""A path to a JSONL file, or rows: mappings, msgspec structs, dataclasses, JSON objects as str or bytes."""
+
+Lines = AsyncGenerator[Line | Rejected, None]
+
+_BATCH = 64
+_BATCH_S = 0.01
+_BATCH_BYTES = 1 << 20
+
+
+def path_of(rows: Rows) -> str:
+    """The path, where rows are named by one; else empty. Raises `DatasetError` for what cannot be rows."""
+    if isinstance(rows, str | os.PathLike):
+        return os.fspath(rows)
+    if isinstance(rows, Mapping | bytes) or not isinstance(rows, Iterable | AsyncIterable):
+        raise DatasetError(f"rows must be a path or an iterable of rows, not {type(rows).__name__}")
+    return ""
+
+
+def lines_of(rows: Rows, check: Check) -> Lines:
+    """The rows, numbered and checked. What the caller's iterator raises comes out as it is."""
+    if path := path_of(rows):
+        return _in_thread(read(path, check))
+    if isinstance(rows, AsyncIterable):
+        return _taken_async(rows, Intake(check))
+    assert isinstance(rows, Iterable)
+    return _in_thread(_taken(rows, Intake(check)))
+
+
+def _taken(rows: Iterable[Any], intake: Intake) -> Generator[Line | Rejected, None, None]:
+    closing: AbstractContextManager[Any] = nullcontext()
+    if inspect.isgenerator(rows):
+        closing = contextlib.closing(rows)
+    with closing:
+        for item in rows:
+            if (line := intake.take(item)) is not None:
+                yield line
+
+
+async def _taken_async(rows: AsyncIterable[Any], intake: Intake) -> Lines:
+    closing: AbstractAsyncContextManager[Any] = nullcontext()
+    if inspect.isasyncgen(rows):
+        closing = contextlib.aclosing(rows)
+    async with closing:
+        async for item in rows:
+            if (line := intake.take(item)) is not None:
+                yield line
+
+
+async def _in_thread(lines: Generator[Line | Rejected, None, None]) -> Lines:
+    """Pulls in a thread: a generator that reads a database or a file must not hold up the host's loop.
+
+    It is one thread from the first row to the closing, since much of what generators hold (an sqlite3 cursor) may
+    not change threads. A batch ends early where rows are slow to come or large.
+    """
+    loop = asyncio.get_running_loop()
+    context = contextvars.copy_context()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="matrix-bus-rows")
+
+    def pull() -> tuple[list[Line | Rejected], bool]:
+        batch: list[Line | Rejected] = []
+        size, until = 0, time.monotonic() + _BATCH_S
+        for line in lines:
+            batch.append(line)
+            size += len(line.body) if isinstance(line, Line) else 0
+            if len(batch) == _BATCH or size > _BATCH_BYTES or time.monotonic() > until:
+                return batch, False
+        return batch, True
+
+    try:
+        ended = False
+        while not ended:
+            batch, ended = await loop.run_in_executor(thread, context.run, pull)
+            for line in batch:
+                yield line
+    finally:
+        thread.submit(context.run, lines.close)  # after a pull that was not waited for
+        thread.shutdown(wait=False)
