@@ -1,13 +1,16 @@
-"""Validated settings of a run: composed once from `key=value` overrides, stored with the run, read by workers.
+"""Validated settings of a run: what is stored with it, and read by workers that have no files.
 
-Unknown keys are refused and errors name the path. Precedence of sampling parameters, low to high: the role's
-own defaults in the workflow, `llm.sampling`, `roles.<role>.sampling`, the arguments of the call.
+Unknown keys are refused and errors name the path. Sampling parameters, low to high: the role's own defaults in the
+workflow, `llm`, `llm.models.<alias>`, `roles.<role>`, the arguments of the call.
+
+Every struct leaves out what has its default when written, so that an older worker can read what a newer one wrote
+as long as nothing new is used. A default therefore never changes its value.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -18,6 +21,9 @@ from .errors import ConfigError
 T = TypeVar("T")
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0, le=30 * 86_400)]
+
+DEFAULT_MODEL = "default"
+"""Alias of the model that `llm` itself describes."""
 
 
 class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -31,16 +37,21 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     extra: dict[str, Any] | None = None
     """Further body parameters, passed through as they are (`top_k`, `guided_json`, …)."""
 
+    @property
+    def sampling(self) -> Sampling:
+        """The sampling parameters alone."""
+        return Sampling(**{name: getattr(self, name) for name in Sampling.__struct_fields__})
+
     def over(self, below: Sampling) -> Sampling:
         """These parameters, with what is unset here taken from `below`."""
-        mine = {f: getattr(self, f) for f in self.__struct_fields__}
+        mine = {name: getattr(self, name) for name in Sampling.__struct_fields__}
         return Sampling(**{f: v if v is not None else getattr(below, f) for f, v in mine.items()})
 
 
-class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where one model is served and how it is called."""
+class ModelConfig(Sampling, frozen=True, kw_only=True):
+    """One model: where it is served, how it is called, and with which sampling parameters."""
 
-    name: str = "smollm2-135m-instruct"
+    model: str = "smollm2-135m-instruct"
     """The name that the servers know it by."""
     urls: list[str] = []
     """Base URLs of OpenAI-compatible servers, with `/v1`. Empty: the embedded model on the worker's machine."""
@@ -53,41 +64,84 @@ class ModelConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     timeout_s: Seconds = 600.0
     """From the moment a call is sent."""
 
-
-class LlmConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Models and what all roles share in calling them."""
-
-    models: dict[str, ModelConfig] = msgspec.field(default_factory=lambda: {"default": ModelConfig()})
-    """By the alias that roles use; `default` is what a role uses that names none."""
-    sampling: Sampling = Sampling()
+    @property
+    def server(self) -> ModelConfig:
+        """The same without sampling parameters: what is called, whatever is asked."""
+        names = set(ModelConfig.__struct_fields__) - set(Sampling.__struct_fields__)
+        return ModelConfig(**{name: getattr(self, name) for name in names})
 
 
-class RoleConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class LlmConfig(ModelConfig, frozen=True, kw_only=True):
+    """The default model, and further ones by alias."""
+
+    models: dict[str, ModelConfig] = {}
+    """Models that roles or calls name by an alias; `default` is the one that is described beside this."""
+
+    @property
+    def aliases(self) -> list[str]:
+        """All aliases there are."""
+        return [DEFAULT_MODEL, *self.models]
+
+    def named(self, alias: str) -> ModelConfig:
+        """The model of that alias. Raises `ConfigError`, naming those there are."""
+        if alias == DEFAULT_MODEL:
+            return self
+        if alias not in self.models:
+            raise ConfigError(
+                f"no model {alias!r}: there are {', '.join(self.aliases)}; llm.models.{alias}.model=NAME adds it"
+            )
+        return self.models[alias]
+
+
+class RoleConfig(Sampling, frozen=True, kw_only=True):
     """Settings of one role."""
 
     model: str | None = None
-    """Alias in `llm.models`; unset: what the workflow declares for the role."""
-    sampling: Sampling = Sampling()
+    """Alias of a model; unset: what the workflow declares for the role."""
+    slots: Positive | None = None
+    """Hops of the role in flight per worker process, for this run; unset, and at most: the worker's `--slots`."""
     max_attempts: Positive = 5
     """Handler calls for one hop, the first included, before a transient error ends the row as failed."""
     timeout_s: Seconds = 3600.0
     """For one handler call."""
 
 
-class IoConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _Group(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A group of settings."""
+
+
+class BrokerConfig(_Group, frozen=True, kw_only=True):
+    """The broker, and how it keeps the run."""
+
+    url: str = ""
+    """As `--server`, which wins. Never stored with a run: it may hold a password."""
+    replicas: Literal[1, 3, 5] = 1
+    """Servers of a cluster that hold each message of the run."""
+
+
+class SandboxConfig(_Group, frozen=True, kw_only=True):
+    """Where code that a model wrote is run."""
+
+    kind: Literal["none"] = "none"
+    """There is no sandbox yet, so no role can ask for one."""
+
+
+class IoConfig(_Group, frozen=True, kw_only=True):
     """How rows are carried."""
 
     offload_above_bytes: Annotated[int, Meta(ge=1024)] = 64 << 10
     """A row whose message would be larger has its large parts put into the run's object store."""
 
 
-class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RunConfig(_Group, frozen=True, kw_only=True):
     """Everything that a worker must know about a run, as stored with it."""
 
     workflow: dict[str, Any] = {}
     """The workflow's own parameters, validated by its config struct."""
     llm: LlmConfig = msgspec.field(default_factory=LlmConfig)
     roles: dict[str, RoleConfig] = {}
+    broker: BrokerConfig = BrokerConfig()
+    sandbox: SandboxConfig = SandboxConfig()
     io: IoConfig = IoConfig()
     max_in_flight: Annotated[int, Meta(ge=1, le=1_000_000)] = 10_000
     """Rows of the run that may be under way at once; the broker enforces it."""
@@ -105,30 +159,36 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 _ROLE_DEFAULTS = RoleConfig()
 
 
-def compose(overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> RunConfig:
-    """The run's config from `key=value` words, dotted and with YAML values, over `base`.
+def parse_run(plain: Mapping[str, Any]) -> RunConfig:
+    """A run's settings from a plain tree. Raises `ConfigError` that says where, what was expected and what was found.
 
-    Raises `ConfigError` that names the path, what was expected and what was found.
+    `urls` may be one bare URL.
     """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    for word in overrides:
-        if "=" not in word:
-            raise ConfigError(f"{word!r} is not of the form key=value, as in llm.sampling.temperature=0.5")
-    try:
-        merged = OmegaConf.merge(OmegaConf.create(dict(base or {})), OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"these settings cannot be read: {' '.join(overrides)}: {error}") from None
-    assert isinstance(plain, dict)
-    models = plain.get("llm", {}).get("models") if isinstance(plain.get("llm"), dict) else None
-    if isinstance(models, dict):
-        models.setdefault("default", {})
-    config = _parse_run(plain)
+    tree = dict(plain)
+    if isinstance(tree.get("llm"), dict):
+        tree["llm"] = llm = _with_url_list(tree["llm"])
+        if isinstance(llm.get("models"), dict):
+            llm["models"] = {alias: _with_url_list(model) for alias, model in llm["models"].items()}
+            if DEFAULT_MODEL in llm["models"]:
+                raise ConfigError(
+                    f"setting at llm.models.{DEFAULT_MODEL}: the default model is llm itself, as in llm.model=NAME"
+                )
+    config = _parse_run(tree)
     check_storable(config)
     return config
+
+
+def _with_url_list(model: Any) -> Any:
+    if not isinstance(model, dict):
+        return model
+    return {**model, "urls": [model["urls"]]} if isinstance(model.get("urls"), str) else dict(model)
+
+
+def tree_of(value: Any) -> Any:
+    """A config as a plain tree with everything in it, also what has its default."""
+    if isinstance(value, Struct):
+        return {name: tree_of(getattr(value, name)) for name in value.__struct_fields__}
+    return {key: tree_of(inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
 def check_storable(config: RunConfig) -> None:

@@ -9,7 +9,11 @@ import hashlib
 import io
 import os
 import reprlib
+import shutil
+import sqlite3
 import sys
+import tempfile
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +26,8 @@ from .errors import DatasetError, RowError
 
 MAX_LINE_BYTES = 64 << 20
 """Longer lines are rejected unread: one of them must not take the process down."""
+MAX_ID_CHARS = 1000
+"""An id stands in every message of its row."""
 
 
 class Line(Struct, frozen=True):
@@ -63,6 +69,7 @@ class Intake:
     def __init__(self, check: Check = lambda _: None) -> None:
         self._check = check
         self._at = 0
+        self._ids = _Ids()
         self.count = 0
         """Lines so far that are not blank."""
 
@@ -105,6 +112,11 @@ class Intake:
             self._check(body)
         except RowError as error:
             return self._reject(str(error), body)
+        if identity is not None:
+            if len(str(identity)) > MAX_ID_CHARS:
+                return self._reject(f"the id is longer than {MAX_ID_CHARS} characters", body)
+            if (first := self._ids.first(str(identity), self._at)) != self._at:
+                return self._reject(f"the id {identity!r} was taken before, at {first}", body)
         self.count += 1
         return Line(self.count - 1, body, str(self.count - 1 if identity is None else identity))
 
@@ -112,6 +124,28 @@ class Intake:
         self.count += 1
         text = found[:200].decode("utf-8", "replace") if isinstance(found, bytes) else reprlib.repr(found)[:200]
         return Rejected(self._at, reason, text)
+
+
+class _Ids:
+    """The ids of a dataset so far. In sqlite's private file, not in memory: a dataset may be larger than that."""
+
+    def __init__(self) -> None:
+        self._database: sqlite3.Connection | None = None
+
+    def first(self, identity: str, at: int) -> int:
+        """Where this id was first seen: here, if never before."""
+        if self._database is None:
+            # One thread at a time, but not always the same: iterables are pulled by a pool.
+            self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+            weakref.finalize(self, self._database.close)
+            self._database.execute("PRAGMA synchronous=OFF")
+            self._database.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, at INTEGER) WITHOUT ROWID")
+            self._database.execute("BEGIN")
+        taken = self._database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (identity, at)).rowcount == 1
+        if taken:
+            return at
+        (first,) = self._database.execute("SELECT at FROM ids WHERE id = ?", (identity,)).fetchone()
+        return int(first)
 
 
 def read(path: str, check: Check = lambda _: None) -> Generator[Line | Rejected, None, None]:
@@ -129,6 +163,18 @@ def read(path: str, check: Check = lambda _: None) -> Generator[Line | Rejected,
         raise DatasetError(f"cannot read {path}: {error}") from None
     if intake.count == 0:
         raise DatasetError(f"{path} has no rows: a dataset is one JSON object per line")
+
+
+@contextlib.contextmanager
+def repeatable(path: str, *, twice: bool) -> Iterator[str]:
+    """The path of the same lines, to be read `twice` perhaps: stdin is copied into a file for that time."""
+    if path != "-" or not twice:
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(prefix="matrix-bus-", suffix=".jsonl") as copy:
+        shutil.copyfileobj(sys.stdin.buffer, copy)
+        copy.flush()
+        yield copy.name
 
 
 def _as_json(item: object) -> bytes:

@@ -87,8 +87,8 @@ def _key(run: str) -> str:
     return f"$KV.{BUCKET}.{run}"
 
 
-async def prepare(bus: Bus) -> None:
-    """Creates what all runs share, if it is not there yet."""
+async def prepare(bus: Bus, replicas: int = 1) -> None:
+    """Creates what all runs share, if it is not there yet, on so many servers of a cluster."""
     await catalog.prepare(bus)
     await bus.api(
         f"STREAM.CREATE.{_KEYS}",
@@ -102,6 +102,7 @@ async def prepare(bus: Bus) -> None:
             "deny_delete": True,
             "allow_direct": True,
             "storage": "file",
+            "num_replicas": replicas,
         },
     )
     await bus.api(
@@ -112,6 +113,7 @@ async def prepare(bus: Bus) -> None:
             "retention": "limits",
             "allow_direct": True,
             "storage": "file",
+            "num_replicas": replicas,
         },
     )
 
@@ -123,9 +125,10 @@ async def create(bus: Bus, record: RunRecord) -> None:
     """
     if not is_token(record.id):
         raise RunError(f"run id {record.id!r} must be 1 to 64 of A-Z a-z 0-9 _ -")
-    await prepare(bus)
+    await prepare(bus, record.config.broker.replicas)
     if (there := await get(bus, record.id)) is not None:
         raise RunError(f"run {record.id!r} exists already (state {there.state}): choose another --run")
+    replicas = record.config.broker.replicas
     await bus.api(
         f"STREAM.CREATE.{work_stream(record.id)}",
         {
@@ -136,6 +139,7 @@ async def create(bus: Bus, record: RunRecord) -> None:
             "duplicate_window": 120 * _NS,
             "allow_direct": True,
             "storage": "file",
+            "num_replicas": replicas,
         },
     )
     await bus.api(
@@ -149,9 +153,12 @@ async def create(bus: Bus, record: RunRecord) -> None:
             "discard_new_per_subject": True,
             "allow_direct": True,
             "storage": "file",
+            "num_replicas": replicas,
         },
     )
-    await bus.api(f"STREAM.CREATE.{payload.stream_of(record.id)}", payload.stream_config(record.id))
+    await bus.api(
+        f"STREAM.CREATE.{payload.stream_of(record.id)}", {**payload.stream_config(record.id), "num_replicas": replicas}
+    )
     # A row whose worker dies before it has set the row off comes back soon; one that travels is asked about seldom.
     waits_s = [record.config.ack_wait_s, max(record.config.ack_wait_s, LEASE_ACK_WAIT_S)]
     await _consumer(bus, record.id, LEASE_ROLE, waits_s, record.config.max_in_flight)

@@ -3,7 +3,7 @@
 All errors of the broker and of its client library are translated here, at one edge, into `matrix_bus.errors`.
 """
 
-from .connection import Bus
+from .connection import Bus, without_password
 from .patience import FIRST_WAIT_S, TRY_AGAIN, patiently, pause
 from .pull import Lane
 from .wire import STREAM_NOT_FOUND, PubAck, Stored, delivery_facts, is_lost_race
@@ -20,4 +20,5 @@ __all__ = (
     "is_lost_race",
     "patiently",
     "pause",
+    "without_password",
 )

@@ -38,6 +38,11 @@ _SWEEP_S = 0.5
 log = logger("bus")
 
 
+def without_password(url: str) -> str:
+    """A broker's address as it may be shown."""
+    return re.sub("//[^@/]*@", "//", url)
+
+
 Reconnected = Callable[[], Awaitable[None]]
 
 
@@ -45,7 +50,7 @@ class Bus:
     """A live connection. Made by `Bus.connect`; survives restarts of the broker until it is closed."""
 
     def __init__(self, url: str, client: Client) -> None:
-        self.url = re.sub("//[^@/]*@", "//", url)
+        self.url = without_password(url)
         """Where the broker is, without the user and password that may stand in the address: it is for messages."""
         self.nc = client
         self.epoch = 0

@@ -26,7 +26,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of `matrix-bus`. A user's mistake is one message and exit code 2, never a traceback of ours."""
-    from . import endings, processes, runs  # noqa: F401 - they register their commands
+    from . import endings, processes, runs, settings, submitting  # noqa: F401 - they register their commands
 
     configure_logs()
     try:

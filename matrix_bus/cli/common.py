@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -25,13 +26,10 @@ WorkflowSpec = Annotated[
     str,
     typer.Option("--workflow", "-w", help="An installed workflow's name, my_flow.py, or module:attribute."),
 ]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Settings, such as workflow.max_turns=4 trials=2 llm.sampling.temperature=0.5",
-    ),
+OutputPath = Annotated[
+    Path, typer.Option("--output", "-o", help="Where outcomes go, one JSON object a line; also .zst.")
 ]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="As `matrix-bus runs` lists it.")]
 
 
 def go(work: Coroutine[Any, Any, T]) -> T:

@@ -11,9 +11,7 @@ from .. import control
 from ..bus import Bus
 from ..errors import UsageError
 from . import app
-from .common import Server, broker_url, go, say
-
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="As `matrix-bus runs` lists it.")]
+from .common import RunArgument, Server, broker_url, go, say
 
 
 @app.command()

@@ -15,7 +15,7 @@ from .. import catalog, dataset, registry
 from ..agent import Workflow, identify
 from ..bus import Bus, patiently
 from ..catalog import WorkflowInfo
-from ..config import RunConfig, check_storable, parse
+from ..config import RunConfig, check_storable, parse_run
 from ..dataset import Rejected
 from ..errors import ConfigError
 from ..run import new_record, open_run
@@ -129,7 +129,7 @@ async def _chain(first: list[dataset.Line | Rejected], rest: Lines) -> Lines:
 
 
 def _run_config(config: Mapping[str, Any] | Struct | None, settings: RunConfig | Mapping[str, Any] | None) -> RunConfig:
-    base = settings if isinstance(settings, RunConfig) else parse(_plain(settings or {}), RunConfig)
+    base = settings if isinstance(settings, RunConfig) else parse_run(_plain(settings or {}))
     if config is not None:
         if base.workflow:
             raise ConfigError("the workflow's parameters stand in `config` and in `settings`: give them once")

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ..config import ModelConfig
-from ..errors import ConfigError, EndpointGone
+from ..errors import ConfigError, EndpointGone, ModelAccessDenied, ModelError, ModelNotFound, ModelRefused
 from .messages import ChatRequest, Reply, Transport
 
 _DOWN_FIRST_S = 2.0
@@ -62,7 +62,7 @@ class ModelPool:
 
     def __init__(self, config: ModelConfig, urls: Sequence[str], api_key: str | None = None) -> None:
         """Raises `ConfigError` for a URL that is not http(s)."""
-        self.model = config.name
+        self.model = config.model
         """The name that the servers know the model by."""
         self._config = config
         self._api_key = api_key.strip() if api_key else None
@@ -136,6 +136,25 @@ class ModelPool:
                     raise
             finally:
                 self._leave(endpoint)
+
+    async def check(self) -> None:
+        """Asks the endpoints what they serve. Raises the last one's `ModelError` if none serves the model."""
+        failure: ModelError | None = None
+        for endpoint in self.endpoints:
+            try:
+                names = await endpoint.transport.models()
+            except ModelAccessDenied:
+                raise
+            except ModelRefused:
+                return  # it does not tell: the first call will
+            except ModelError as error:
+                failure = error
+                continue
+            if not names or self.model in names:
+                return
+            failure = ModelNotFound(f"{endpoint.url} has no model {self.model!r}: it has {', '.join(names)}")
+        if failure is not None:
+            raise failure
 
     async def close(self) -> None:
         """Send callers in line away with `EndpointGone` and close all connections; safe to repeat."""

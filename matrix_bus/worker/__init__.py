@@ -159,7 +159,7 @@ class Worker:
             )
             return
         served = [name for name in flow.roles if not self._roles or name in self._roles]
-        pools = {name: self._pools.setdefault(name, Pool(self._slots)) for name in [LEASE_ROLE, *served]}
+        pools = {name: self._pool(record, name) for name in [LEASE_ROLE, *served]}
         try:
             if (await registry.progress(self._bus, record)).done:
                 self._finished[record.id] = record.total
@@ -184,6 +184,13 @@ class Worker:
             self._refused.pop(record.id, None)
             self._sessions[record.id] = session
             log.info("worker.serving", run=record.id, roles=served)
+
+    def _pool(self, record: RunRecord, role: str) -> Pool:
+        """The slots of a role: shared by all runs, or of the run's own where it limits them."""
+        slots = record.config.role(role).slots
+        if slots is not None:
+            return Pool(min(slots, self._slots))
+        return self._pools.setdefault(role, Pool(self._slots))
 
     def _refuse(self, record: RunRecord, reason: str) -> None:
         if self._refused.get(record.id) != reason:

@@ -32,6 +32,7 @@ class Models:
 
     async def pool(self, config: ModelConfig) -> ModelPool:
         """The pool for a model config. Raises `ConfigError` where a key or a server is missing."""
+        config = config.server
         key = msgspec.json.encode(config)
         async with self._lock:
             if key not in self._pools:
@@ -53,26 +54,23 @@ class Models:
     async def _embedded_url(self, config: ModelConfig) -> str:
         if self._embedded is None:
             raise ConfigError(
-                f"model {config.name!r} has no urls and this worker has no embedded model: set "
-                "llm.models.default.urls=[http://host:8000/v1]"
+                f"model {config.model!r} has no urls and this worker has no embedded model: set "
+                "llm.urls=http://host:8000/v1"
             )
         return await asyncio.to_thread(self._embedded)
 
     async def resolver(self, config: RunConfig, aliases: set[str]) -> Callable[[str | None], ModelPool]:
         """What turns a run's alias into a pool. Pools of `aliases` are made now, so a mistake shows early."""
-        for alias in aliases:
-            if alias not in config.llm.models:
-                raise ConfigError(f"no model {alias!r} in llm.models: there are {', '.join(config.llm.models)}")
         # A handler may choose any alias by itself; models that nobody declared to use start nothing by themselves.
         pools = {
-            alias: await self.pool(model)
-            for alias, model in config.llm.models.items()
-            if alias in aliases or model.urls
+            alias: await self.pool(config.llm.named(alias))
+            for alias in {*aliases, *config.llm.aliases}
+            if alias in aliases or config.llm.named(alias).urls
         }
 
         def resolve(alias: str | None) -> ModelPool:
             if (pool := pools.get(alias or "default")) is None:
-                raise ConfigError(f"no model {alias!r} in llm.models: there are {', '.join(sorted(pools))}")
+                raise ConfigError(f"no model {alias!r}: there are {', '.join(sorted(pools))}")
             return pool
 
         return resolve
@@ -90,7 +88,7 @@ def _api_key(config: ModelConfig) -> str | None:
     key = os.environ.get(config.api_key_env)
     if not key:
         raise ConfigError(
-            f"model {config.name!r} takes its key from the environment variable {config.api_key_env}, which is not set "
-            "in the worker"
+            f"model {config.model!r} takes its key from the environment variable {config.api_key_env}, which is not "
+            "set in the worker"
         )
     return key

@@ -41,7 +41,9 @@ class Served:
         self._call = caller
         self._resolve = resolve
         self._alias = settings.model or role.model
-        self._sampling = settings.sampling.over(record.config.llm.sampling).over(role.sampling)
+        llm = record.config.llm
+        below = llm.named(self._alias).sampling.over(llm.sampling)
+        self._sampling = settings.sampling.over(below).over(role.sampling)
 
     async def handle(self, delivery: Delivery, message: Orchestrator) -> Handled:
         """Raises `CancelledError` if the worker stops; whatever else happens is returned."""

@@ -47,7 +47,7 @@ def run(
     except ImportError as error:
         raise UsageError(
             f"the local model server needs xllamacpp ({error}): pip install 'matrix-bus[local]', or name a "
-            f"server of your own with llm.models.default.urls=[URL]"
+            f"server of your own with llm.urls=URL"
         ) from None
     # Loading is one native call: until it is back, let the kernel end the process at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

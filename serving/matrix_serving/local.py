@@ -29,7 +29,7 @@ def local_model(home: Path | None = None) -> LocalService:
         if importlib.util.find_spec("xllamacpp") is None:
             raise UsageError(
                 "the embedded model needs xllamacpp: pip install 'matrix-bus[local]', or name a model server "
-                "with llm.models.default.urls=[URL]"
+                "with llm.urls=URL"
             )
         model = resolve_model()
         command = [sys.executable, "-m", "matrix_serving.llama", "--port", str(port), "--tag", identity]

@@ -114,7 +114,7 @@ def _fetch(target: Path) -> None:
         "the embedded model cannot be fetched:\n  "
         + "\n  ".join(failures)
         + f"\nGet {MODEL_FILE} in another way and set MATRIX_BUS_MODEL to its path, or name a model server "
-        "with llm.models.default.urls=[URL]"
+        "with llm.urls=URL"
     )
 
 

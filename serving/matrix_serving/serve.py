@@ -33,6 +33,6 @@ def serve(
     name = served_name(path)
 
     def ready(url: str) -> None:
-        print(f"serving {name} at {url} (use it with llm.models.default.urls=[{url}])", flush=True)
+        print(f"serving {name} at {url} (use it with llm.urls={url})", flush=True)
 
     llama.run(path, name, ready=ready, port=port, parallel=parallel, context_tokens=context_tokens)

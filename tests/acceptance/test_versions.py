@@ -16,18 +16,19 @@ NEXT_VERSION = """
 import sys
 import msgspec
 from matrix_bus import orchestrator
+from matrix_bus.orchestrator import transitions, wire
 
 
-class Orchestrator(orchestrator.Orchestrator, array_like=True):
+class Orchestrator(wire.Orchestrator, array_like=True):
     note: str = ""
     weights: dict[str, float] = {}
 
 
-class OutcomeRecord(orchestrator.OutcomeRecord):
+class OutcomeRecord(wire.OutcomeRecord):
     note: str = "next"
 
 
-made = orchestrator.admit
+made = transitions.admit
 
 
 def admit(*args, **named):
@@ -36,9 +37,11 @@ def admit(*args, **named):
     return message
 
 
-orchestrator.Orchestrator, orchestrator.OutcomeRecord, orchestrator.admit = Orchestrator, OutcomeRecord, admit
-orchestrator._unpack = msgspec.msgpack.Decoder(Orchestrator)
-orchestrator._outcome_from_json = msgspec.json.Decoder(OutcomeRecord)
+wire._unpack = msgspec.msgpack.Decoder(Orchestrator)
+wire._outcome_from_json = msgspec.json.Decoder(OutcomeRecord)
+for module in (orchestrator, transitions, wire):
+    module.Orchestrator, module.OutcomeRecord = Orchestrator, OutcomeRecord
+orchestrator.admit = admit
 from matrix_bus.cli import main
 
 sys.argv[1:] = WORDS

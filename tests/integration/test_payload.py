@@ -20,7 +20,6 @@ from aiohttp import web
 from matrix_bus import (
     LLM,
     Large,
-    ModelConfig,
     Next,
     Outcome,
     OutcomeRecord,
@@ -410,9 +409,7 @@ async def talkative_model() -> AsyncIterator[str]:
 
 async def test_a_long_history_is_closed_into_segments_and_comes_back_whole(bus: Bus) -> None:
     async with talkative_model() as url:
-        config = RunConfig(
-            llm=LlmConfig(models={"default": ModelConfig(urls=[url])}), io=IoConfig(offload_above_bytes=16 << 10)
-        )
+        config = RunConfig(llm=LlmConfig(urls=[url]), io=IoConfig(offload_above_bytes=16 << 10))
         record, (raw,), (outcome,) = await finished(bus, talk(), [b"{}"], config)
     assert outcome.outcome == "success", outcome.errors
     history = [bytes(call) for call in outcome.history]

@@ -23,7 +23,7 @@ LAYERS = (
     ("bus", "llm", "dataset", "broker"),
     ("agent", "payload"),
     ("catalog",),
-    ("registry",),
+    ("registry", "compose"),
     ("worker", "run", "control"),
     ("client",),
     ("cli",),

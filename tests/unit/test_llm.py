@@ -380,7 +380,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
 
 
 def pool_of(*hosts: str, cap: int = 1) -> ModelPool:
-    return ModelPool(ModelConfig(name="m", concurrency=cap), [f"http://{host}/" for host in hosts])
+    return ModelPool(ModelConfig(model="m", concurrency=cap), [f"http://{host}/" for host in hosts])
 
 
 def ask(pool: ModelPool, text: str) -> asyncio.Task[tuple[Reply, float]]:
@@ -478,7 +478,7 @@ async def test_waiting_in_line_does_not_use_up_the_timeout(server: Server) -> No
 
     server.handler = slowly
     # 2000 calls of 5 ms, 4 at a time, cannot take less than 2.5 s.
-    pool = ModelPool(ModelConfig(name="m", concurrency=4, timeout_s=2.0), [server.url])
+    pool = ModelPool(ModelConfig(model="m", concurrency=4, timeout_s=2.0), [server.url])
     results = await asyncio.gather(*[pool.complete(REQUEST) for _ in range(2000)])
     assert {reply.text for reply, _ in results} == {"ok"}
     assert max(wait_s for _, wait_s in results) > 2.0
@@ -613,7 +613,7 @@ async def test_closing_sends_callers_away(fakes: Fakes) -> None:
 @pytest.mark.parametrize("transport", ["direct", "sdk"])
 async def test_a_pool_over_real_servers(server: Server, transport: Any) -> None:
     other = await Server().start()
-    config = ModelConfig(name="m", transport=transport)
+    config = ModelConfig(model="m", transport=transport)
     pool = ModelPool(config, [server.url, other.url], f"{KEY}\n")
     await asyncio.gather(*[pool.complete(REQUEST) for _ in range(4)])
     assert (len(server.bodies), len(other.bodies)) == (2, 2)
@@ -643,7 +643,7 @@ def llm_over(pool: ModelPool, history: list[bytes], sampling: Sampling | None = 
 
 @pytest.fixture
 async def pool(server: Server) -> AsyncIterator[ModelPool]:
-    made = ModelPool(ModelConfig(name="m"), [server.url])
+    made = ModelPool(ModelConfig(model="m"), [server.url])
     yield made
     await made.close()
 

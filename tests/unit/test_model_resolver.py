@@ -102,7 +102,7 @@ def test_one_error_names_every_source_and_the_way_out(cache: Path, sources: Sour
     message = str(caught.value)
     for part in ("wrong content", hashlib.sha256(b"something else").hexdigest(), "no route to host"):
         assert part in message
-    for part in ("MATRIX_BUS_MODEL", "llm.models.default.urls", model.MODEL_FILE):
+    for part in ("MATRIX_BUS_MODEL", "llm.urls", model.MODEL_FILE):
         assert part in message
     assert [p.name for p in cache.iterdir()] == ["fetch.lock"]
 

@@ -22,8 +22,8 @@ flow = mb.Workflow(
     config=CoralConfig,
     quick={
         "workflow.max_turns": 4,
-        "roles.solver.sampling.max_tokens": 96,
-        "roles.reviewer.sampling.max_tokens": 96,
+        "roles.solver.max_tokens": 96,
+        "roles.reviewer.max_tokens": 96,
     },
 )
 

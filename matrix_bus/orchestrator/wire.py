@@ -1,88 +1,19 @@
-"""A row's state machine and its wire form. Pure: no I/O, no clock, no randomness of its own.
-
-    row message ──admit──▶ hop 1 ──advance──▶ hop 2 ── … ──finish──▶ outcome
-                            ▲ │ retry (same hop, attempt + 1)
-                            └─┘
-
-Three kinds of bytes travel. A row message and an outcome are JSON, so that any language can submit and read, and
-so that collecting is copying lines. What hops between agents is this module's msgpack `Orchestrator`; inside it
-everything that a user wrote or will read (input, state, history) is a JSON segment, carried along undecoded.
-
-Evolution rules (docs/protocol.md has them with their reasons): fields are only ever added, at the end, with a default
-that means "written by an older version"; what an older reader would get wrong raises `SCHEMA`.
-"""
+"""What travels, and its bytes."""
 
 from __future__ import annotations
 
 import builtins
 import hashlib
-import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from .errors import RowError
+from ..errors import RowError
 
 SCHEMA = 1
-LEASE_ROLE = "_"
-"""The place of role names in the subjects of row messages; no role may have it."""
 
 Kind = Literal["success", "filtered", "failed"]
-
-_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-# --- names on the bus -------------------------------------------------------------------------------------------
-
-
-def is_token(name: str) -> bool:
-    """True if `name` may stand in a subject: 1 to 64 of A-Z a-z 0-9 _ -."""
-    return _TOKEN.fullmatch(name) is not None
-
-
-def work_stream(run: str) -> str:
-    """Name of the work-queue stream that holds the run's rows and hops."""
-    return f"W_{run}"
-
-
-def outcome_stream(run: str) -> str:
-    """Name of the stream that holds the run's outcomes, one per row and generation."""
-    return f"O_{run}"
-
-
-def row_subject(run: str, n: int) -> str:
-    return f"q.{run}.{LEASE_ROLE}.{n}.0"
-
-
-def hop_subject(run: str, role: str, n: int, hop: int) -> str:
-    return f"q.{run}.{role}.{n}.{hop}"
-
-
-def family(run: str, n: int) -> str:
-    """All messages of one row: the fence is laid on the last of them."""
-    return f"q.{run}.*.{n}.*"
-
-
-def bucket(run: str) -> str:
-    """Name of the object store that holds the run's large values."""
-    return f"mb_{run}"
-
-
-def outcome_subject(run: str, n: int, generation: int) -> str:
-    return f"out.{run}.{n}.{generation}"
-
-
-def message_id(run: str, n: int, generation: int, hop: int, attempt: int = 0) -> str:
-    """Value of the `Nats-Msg-Id` header; readable when the body is not."""
-    return f"{run}:{n}:{generation}:{hop}:{attempt}"
-
-
-HEADER_LEASE = "Mb-Lease"
-"""Ack subject of the row message: whoever finishes the row acks it."""
-
-
-# --- wire structs -----------------------------------------------------------------------------------------------
 
 
 class Usage(Struct, frozen=True, omit_defaults=True):
@@ -297,104 +228,3 @@ def decode_outcome(body: bytes) -> OutcomeRecord:
 def _check_schema(schema: int) -> None:
     if schema > SCHEMA:
         raise RowError(f"the message has schema {schema}, this version reads up to {SCHEMA}: upgrade the worker")
-
-
-# --- transitions ------------------------------------------------------------------------------------------------
-
-
-def row_seed(seed: int, line: int, trial: int) -> int:
-    """Seed of a row: 31 bits of blake2b over the run's seed, the line and the trial.
-
-    31 bits because that is what every model server takes; the place decides, so a resumed run repeats it.
-    """
-    digest = hashlib.blake2b(f"{seed}:{line}:{trial}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest) >> 1
-
-
-def admit(row: RowMessage, run: str, n: int, role: str, state: bytes, now: float, hop: int = 1) -> Orchestrator:
-    """Hop 1 of a row, at its first role; hop 0 for one that never gets there."""
-    return Orchestrator(
-        schema=SCHEMA,
-        run=run,
-        n=n,
-        generation=row.generation,
-        hop=hop,
-        attempt=1,
-        role=role,
-        id=row.id,
-        seed=row.seed,
-        submitted_at=row.submitted_at,
-        admitted_at=now,
-        input=bytes(row.input),
-        state=state,
-        history=[],
-        errors=[],
-        visits={role: 1},
-        usage={},
-    )
-
-
-def advance(message: Orchestrator, role: str) -> Orchestrator:
-    """The next hop, at `role`. Shares the growing parts with `message`, which is not used again."""
-    visits = dict(message.visits)
-    visits[role] = visits.get(role, 0) + 1
-    return msgspec.structs.replace(message, hop=message.hop + 1, attempt=1, role=role, visits=visits, not_before=0.0)
-
-
-def retry(message: Orchestrator, error: ErrorRecord, not_before: float) -> Orchestrator:
-    """The same hop again, one attempt on, with the error that made it necessary."""
-    return msgspec.structs.replace(
-        message, attempt=message.attempt + 1, errors=[*message.errors, error], not_before=not_before
-    )
-
-
-def finish(message: Orchestrator, workflow: str, trials: int, kind: Kind, reason: str, now: float) -> OutcomeRecord:
-    """The row's outcome."""
-    total = Usage()
-    for usage in message.usage.values():
-        total += usage
-    return OutcomeRecord(
-        run=message.run,
-        workflow=workflow,
-        id=message.id,
-        row=message.n,
-        line=message.n // trials,
-        trial=message.n % trials,
-        generation=message.generation,
-        seed=message.seed,
-        input=Raw(message.input) if message.input else _NULL,
-        outcome=kind,
-        reason=clean(reason),
-        state=Raw(message.state) if message.state else _NULL,
-        history=[Raw(call) for call in message.history],
-        usage=total,
-        usage_by_role=message.usage,
-        errors=message.errors,
-        hops=message.hop,
-        attempts=message.calls,
-        timings=Timings(message.submitted_at, message.admitted_at, now, message.handler_s),
-    )
-
-
-def encode_fitting(record: OutcomeRecord, limit_bytes: int) -> bytes:
-    """The outcome's bytes, with what is largest left out until they fit: history, then state, then input.
-
-    An outcome always fits, because a row that could not be reported would be a row that is lost.
-    """
-    body = encode(record)
-    if len(body) > limit_bytes:
-        record = msgspec.structs.replace(record, history=[], history_cut=len(record.history))
-        body = encode(record)
-    for field in ("state", "input"):
-        if len(body) > limit_bytes:
-            changes: dict[str, Any] = {field: _NULL}
-            record = msgspec.structs.replace(record, **changes)
-            body = encode(record)
-    if len(body) > limit_bytes:
-        record = msgspec.structs.replace(record, errors=record.errors[-1:], id=record.id[:1000])
-        body = encode(record)
-    if len(body) > limit_bytes:
-        errors = [msgspec.structs.replace(e, type=e.type[:200], message=e.message[:1000]) for e in record.errors[-1:]]
-        record = msgspec.structs.replace(record, errors=errors, reason=record.reason[:1000], usage_by_role={})
-        body = encode(record)
-    return body

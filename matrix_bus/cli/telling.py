@@ -1,0 +1,50 @@
+"""What commands say about a run: how to go on without this terminal, who is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..dataset import Output
+from ..errors import DatasetError
+from ..registry import RunRecord
+from .common import say
+
+submitting: list[str] = []
+"""The run that a Ctrl-C leaves alone, for the message that says so."""
+
+
+def worker_command(record: RunRecord, roles: list[str]) -> str:
+    words = ["matrix-bus worker"]
+    if set(roles) != set(record.roles):
+        words += [f"--role {role}" for role in roles]
+    return " ".join(words) + _server_option()
+
+
+def _server_option() -> str:
+    """What a command in another terminal must be told to reach the same broker."""
+    server = next((word for flag, word in itertools.pairwise(sys.argv) if flag == "--server"), "")
+    return f" --server {server}" if server else ""
+
+
+def say_kept(output: Output) -> None:
+    if output.kept is not None:
+        say(f"{output.path} was there from another run: kept as {output.kept}")
+
+
+@contextlib.contextmanager
+def interruptible(output: Path) -> Iterator[None]:
+    """Ctrl-C ends the waiting, not the run, and says so; so does an output that cannot be written."""
+    try:
+        yield
+    except (KeyboardInterrupt, DatasetError):
+        for run_id in submitting:
+            server = _server_option()
+            say(f"\nrun {run_id} goes on without this terminal: matrix-bus status {run_id}{server}")
+            say(f"  its outcomes: matrix-bus collect {run_id} -o {output} --follow{server}")
+            say(f"  if not all rows were submitted yet: the same command again, with --run {run_id}")
+            say(f"  to end it: matrix-bus cancel {run_id}{server}")
+        raise

@@ -1,0 +1,150 @@
+"""Rows into a run: published as fast as the broker confirms, sealed at the end, repeatable at any time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
+from typing import TypeVar
+
+from msgspec import Raw, Struct
+
+from .. import registry
+from ..bus import Bus, is_lost_race, patiently
+from ..dataset import Line, Rejected
+from ..errors import NobodyListens, PublishRefused, RunError
+from ..orchestrator import (
+    RowMessage,
+    encode,
+    family,
+    message_id,
+    ref_json,
+    row_seed,
+    row_subject,
+)
+from ..payload import Payloads
+from ..registry import RunRecord
+
+_WINDOW = 1024
+"""Publishes of a submitter that may wait for their confirmation at once."""
+_CHECK_S = 1.0
+
+T = TypeVar("T")
+
+
+class Submitted(Struct):
+    """What a submission did."""
+
+    run: str
+    rows: int
+    """Rows of the run: accepted lines times trials."""
+    rejected: int
+    seconds: float
+
+
+async def submit(
+    bus: Bus,
+    record: RunRecord,
+    lines: Iterable[Line | Rejected] | AsyncIterable[Line | Rejected],
+    *,
+    on_reject: Callable[[Rejected], None] = lambda _: None,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> Submitted:
+    """Publishes every line `trials` times, then seals the run with its total.
+
+    A row that is in the run already is refused by its fence, so an interrupted submission is simply repeated.
+    A line is asked for only when the window has room for it. Raises `BusError` if the broker refuses, `RunError` if
+    the run is ended meanwhile, and what `lines` raises as it is.
+    """
+    started = checked_at = time.monotonic()
+    trials, seed = record.config.trials, record.config.seed
+    accepted = rejected = 0
+    window = asyncio.Semaphore(_WINDOW)
+    payloads = Payloads(bus, record.id)
+
+    async def put(n: int, body: bytes) -> None:
+        try:
+            await _publish_row(bus, record.id, n, body)
+        finally:
+            window.release()
+
+    async with _unwrapped_group() as group, contextlib.aclosing(_each(lines)) as each:
+        async for line in each:
+            if isinstance(line, Rejected):
+                rejected += 1
+                on_reject(line)
+                continue
+            body = line.body
+            if len(body) > record.config.io.offload_above_bytes:
+                body = ref_json(await payloads.put(body))  # one at a time: so many of them may be very large
+            for trial in range(trials):
+                await window.acquire()
+                row = RowMessage(
+                    input=Raw(body),
+                    id=line.id,
+                    seed=row_seed(seed, line.number, trial),
+                    submitted_at=time.time(),
+                    schema=record.schema,
+                )
+                group.create_task(put(line.number * trials + trial, encode(row)))
+            accepted += 1
+            if time.monotonic() - checked_at > _CHECK_S:
+                await patiently(bus, lambda: _require_active(bus, record.id))
+                checked_at = time.monotonic()
+            if accepted % 256 == 0:
+                on_progress(accepted * trials)
+                await asyncio.sleep(0)  # confirmations come in even where publishing never has to wait
+    rows = accepted * trials
+    await patiently(bus, lambda: registry.update(bus, record.id, total=rows))
+    on_progress(rows)
+    return Submitted(record.id, rows, rejected, time.monotonic() - started)
+
+
+@contextlib.asynccontextmanager
+async def _unwrapped_group() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group whose first error comes out as itself, with its own cause and context."""
+    first: BaseException | None = None
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as errors:
+        first = errors.exceptions[0]
+    if first is not None:
+        raise first
+
+
+async def _each(lines: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
+    if isinstance(lines, AsyncIterable):
+        async for line in lines:
+            yield line
+    else:
+        for line in lines:
+            yield line
+
+
+async def _publish_row(bus: Bus, run: str, n: int, body: bytes) -> None:
+    headers = {
+        "Nats-Msg-Id": message_id(run, n, 0, 0),
+        "Nats-Expected-Last-Subject-Sequence": "0",
+        "Nats-Expected-Last-Subject-Sequence-Subject": family(run, n),
+    }
+
+    async def publish() -> None:
+        try:
+            await bus.publish(row_subject(run, n), body, headers)
+        except NobodyListens:
+            await _require_active(bus, run)  # or is it the broker that is starting?
+            raise
+
+    try:
+        await patiently(bus, publish)
+    except PublishRefused as error:
+        if not is_lost_race(error):  # else it is under way already
+            raise
+
+
+async def _require_active(bus: Bus, run: str) -> None:
+    record = await registry.get(bus, run)
+    if record is None or record.state != "active":
+        raise RunError(f"run {run!r} was {record.state if record else 'deleted'} while rows were being submitted")
