@@ -517,12 +517,11 @@ async def test_a_cancelled_submission_stops_at_once_and_can_be_continued(bus: Bu
 
 
 async def test_two_clients_that_submit_one_run_at_once_make_one_run(bus: Bus) -> None:
-    flow = trip()
-    name = await announced(bus, flow)
     async with contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(mb.connect(bus.url)) for _ in range(4)]
         for _ in range(5):
-            mine = unique("r")
+            flow, mine = trip(), unique("r")
+            name = await announced(bus, flow)
             made = await asyncio.gather(*(client.submit(name, told(300), run=mine) for client in clients))
             assert {one.id for one in made} == {mine}
             assert (await made[0].status()).total == 300
