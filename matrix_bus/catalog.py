@@ -22,6 +22,8 @@ from .telemetry import logger
 BUCKET = "mb_workflows"
 STREAM = f"KV_{BUCKET}"
 SCHEMA = 1
+_MADE_OTHERWISE = 10058
+"""JetStream's err_code for a stream that is there with other settings: an operator's, and good enough."""
 
 log = logger("catalog")
 
@@ -105,20 +107,22 @@ def _large(kind: type) -> dict[str, Any]:
 
 async def prepare(bus: Bus) -> None:
     """Creates the bucket, if it is not there yet."""
-    await bus.api(
-        f"STREAM.CREATE.{STREAM}",
-        {
-            "name": STREAM,
-            "subjects": [_key(">")],
-            "retention": "limits",
-            "max_msgs_per_subject": 1,
-            "discard": "new",
-            "allow_rollup_hdrs": True,
-            "deny_delete": True,
-            "allow_direct": True,
-            "storage": "file",
-        },
-    )
+    settings = {
+        "name": STREAM,
+        "subjects": [_key(">")],
+        "retention": "limits",
+        "max_msgs_per_subject": 1,
+        "discard": "new",
+        "allow_rollup_hdrs": True,
+        "deny_delete": True,
+        "allow_direct": True,
+        "storage": "file",
+    }
+    try:
+        await bus.api(f"STREAM.CREATE.{STREAM}", settings)
+    except PublishRefused as error:
+        if error.code != _MADE_OTHERWISE:
+            raise
 
 
 async def announce(bus: Bus, info: WorkflowInfo, *, replace: bool = True) -> bool:
