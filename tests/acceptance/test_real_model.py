@@ -22,7 +22,7 @@ from tests.helpers import until_sync
 ROOT = Path(__file__).parents[2]
 QUESTIONS = ROOT / "agents" / "matrix_agents" / "coral" / "questions.jsonl"
 MMLU_PRO = ROOT.parent / "shared" / "data" / "mmlu_pro_test.jsonl.zst"
-SHORT = ["workflow.max_turns=2", "llm.sampling.max_tokens=16"]
+SHORT = ["workflow.max_turns=2", "llm.max_tokens=16"]
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(420)]
 
@@ -100,7 +100,7 @@ async def test_all_of_mmlu_pro_is_admitted_bit_by_bit_and_a_few_dozen_are_answer
     tmp_path: Path, broker: Broker, model_url: str
 ) -> None:
     in_flight = 8
-    overrides = [*SHORT, f"max_in_flight={in_flight}", f"llm.models.default.urls=[{model_url}]"]
+    overrides = [*SHORT, f"max_in_flight={in_flight}", f"llm.urls={model_url}"]
     submit = command("submit", str(MMLU_PRO), *overrides, "--detach", "--run", "mmlu", "--server", broker.url)
     subprocess.run(submit, cwd=tmp_path, check=True, timeout=60)
     worker = subprocess.Popen(command("worker", "--server", broker.url), start_new_session=True)

@@ -195,7 +195,7 @@ async def test_parameters_and_settings_are_checked_before_anything_is_published(
 
     name = await announced(bus, flow)
     async with mb.connect(bus.url) as client:
-        for config, settings, message in [
+        mistakes: list[tuple[dict[str, Any] | None, dict[str, Any] | None, str]] = [
             ({"max_turn": 3}, None, "did you mean 'max_turns'"),
             ({"max_turns": "3"}, None, r"integer.*\$\.max_turns"),
             ({"max_turns": float("nan")}, None, "cannot be stored"),
@@ -204,7 +204,8 @@ async def test_parameters_and_settings_are_checked_before_anything_is_published(
             (None, {"roles": {"b": {}}}, "roles.b"),
             ({"max_turns": 3}, {"workflow": {"max_turns": 3}}, "give them once"),
             ([1], None, "a mapping or a struct"),
-        ]:
+        ]
+        for config, settings, message in mistakes:
             for known in (name, flow):
                 if message.startswith("integer") and known is flow:
                     continue  # said in the decoder's own words

@@ -91,14 +91,17 @@ def test_serve_prints_how_to_use_it_and_stops_in_the_middle_of_a_call(signum: si
         assert server.stdout is not None
         line = server.stdout.readline()
         url = line.split()[3]
-        assert line == f"serving {MODEL_NAME} at {url} (use it with llm.models.default.urls=[{url}])\n"
-        generating = threading.Thread(target=_chat_until_cut, args=(url,))
-        generating.start()
-        while not _busy(url):  # a real condition: the server decodes
-            pass
-        server.send_signal(signum)
-        assert server.wait(5) == 0
-        generating.join(10)
+        try:
+            assert line == f"serving {MODEL_NAME} at {url} (use it with llm.urls={url})\n"
+            generating = threading.Thread(target=_chat_until_cut, args=(url,))
+            generating.start()
+            while not _busy(url):  # a real condition: the server decodes
+                pass
+            server.send_signal(signum)
+            assert server.wait(5) == 0
+            generating.join(10)
+        finally:
+            server.kill()  # else a failed assertion would wait for it here for ever
 
 
 def _chat_until_cut(url: str) -> None:
