@@ -10,7 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .agent import Large, Next, Outcome, Row, State, Workflow, failed, filtered, load_workflow, success, to
+    from .agent import (
+        Large,
+        Next,
+        Outcome,
+        Row,
+        RowResult,
+        State,
+        Workflow,
+        failed,
+        filtered,
+        load_workflow,
+        success,
+        to,
+    )
     from .catalog import WorkflowInfo
     from .client import (
         BlockingClient,
@@ -22,10 +35,22 @@ if TYPE_CHECKING:
         connect,
         connect_blocking,
     )
-    from .config import ModelConfig, RoleConfig, RunConfig, Sampling
+    from .config import LlmConfig, ModelConfig, RoleConfig, RunConfig, Sampling
     from .dataset import Rejected
-    from .errors import BusError, MatrixBusError, UsageError
-    from .llm import LLM, Message, Reply, assistant, system, tool, user
+    from .errors import (
+        BusError,
+        ContextLengthExceeded,
+        EndpointGone,
+        HandlerError,
+        MatrixBusError,
+        ModelError,
+        ModelTimeout,
+        RateLimited,
+        Retry,
+        RowError,
+        UsageError,
+    )
+    from .llm import LLM, ChatRequest, Message, Reply, assistant, system, tool, user
     from .orchestrator import OutcomeRecord, Usage
 
 _HOMES = {
@@ -34,6 +59,7 @@ _HOMES = {
         "Next",
         "Outcome",
         "Row",
+        "RowResult",
         "State",
         "Workflow",
         "failed",
@@ -53,10 +79,22 @@ _HOMES = {
         "connect",
         "connect_blocking",
     ),
-    "config": ("ModelConfig", "RoleConfig", "RunConfig", "Sampling"),
+    "config": ("LlmConfig", "ModelConfig", "RoleConfig", "RunConfig", "Sampling"),
     "dataset": ("Rejected",),
-    "errors": ("BusError", "MatrixBusError", "UsageError"),
-    "llm": ("LLM", "Message", "Reply", "assistant", "system", "tool", "user"),
+    "errors": (
+        "BusError",
+        "ContextLengthExceeded",
+        "EndpointGone",
+        "HandlerError",
+        "MatrixBusError",
+        "ModelError",
+        "ModelTimeout",
+        "RateLimited",
+        "Retry",
+        "RowError",
+        "UsageError",
+    ),
+    "llm": ("LLM", "ChatRequest", "Message", "Reply", "assistant", "system", "tool", "user"),
     "orchestrator": ("OutcomeRecord", "Usage"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -68,19 +106,30 @@ __all__ = (
     "BlockingClient",
     "BlockingRun",
     "BusError",
+    "ChatRequest",
     "Client",
+    "ContextLengthExceeded",
+    "EndpointGone",
+    "HandlerError",
     "Large",
+    "LlmConfig",
     "MatrixBusError",
     "Message",
     "ModelConfig",
+    "ModelError",
+    "ModelTimeout",
     "Next",
     "Outcome",
     "OutcomeRecord",
+    "RateLimited",
     "Rejected",
     "Rejections",
     "Reply",
+    "Retry",
     "RoleConfig",
     "Row",
+    "RowError",
+    "RowResult",
     "Run",
     "RunConfig",
     "Sampling",

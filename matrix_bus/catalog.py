@@ -7,6 +7,7 @@ all the same, its workflow is then only known to those who have it.
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -93,10 +94,39 @@ def describe(flow: Workflow[Any]) -> WorkflowInfo:
 
 def _json_schema(kind: type) -> dict[str, Any] | None:
     try:
-        return msgspec.json.schema(kind, schema_hook=_large)
+        return msgspec.json.schema(_without_odd_defaults(kind), schema_hook=_large)
     except Exception as error:  # a type of the user's own, or a default that JSON has no form for
         log.info("catalog.no_schema", type=repr(kind), error=str(error).partition("\n")[0])
         return None
+
+
+def _without_odd_defaults(kind: type[Struct]) -> type:
+    """The struct without those defaults that a schema cannot show, such as `Large("")`: they stay optional."""
+    fields = msgspec.structs.fields(kind)
+    odd = set()
+    for field in fields:
+        try:
+            msgspec.to_builtins(None if field.default is msgspec.NODEFAULT else field.default)
+        except TypeError:
+            odd.add(field.name)
+    if not odd:
+        return kind
+    hints = typing.get_type_hints(kind, include_extras=True)
+    unshown = {name: msgspec.field(default_factory=object) for name in odd}
+    shown = [
+        (field.encode_name, hints[field.name], unshown[field.name] if field.name in odd else _default(field))
+        for field in fields
+    ]
+    strict = kind.__struct_config__.forbid_unknown_fields
+    return msgspec.defstruct(kind.__name__, shown, kw_only=True, forbid_unknown_fields=strict)
+
+
+def _default(field: msgspec.structs.FieldInfo) -> Any:
+    if field.default is not msgspec.NODEFAULT:
+        return msgspec.field(default=field.default)
+    if field.default_factory is not msgspec.NODEFAULT:
+        return msgspec.field(default_factory=field.default_factory)
+    return msgspec.field()
 
 
 def _large(kind: type) -> dict[str, Any]:

@@ -6,7 +6,13 @@ decides how a hop settles: a transient error is retried with backoff, any other 
 
 from __future__ import annotations
 
+import os
+import sysconfig
+import traceback
 from typing import ClassVar
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
+_STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
 
 
 class MatrixBusError(Exception):
@@ -140,7 +146,46 @@ class HandlerError(MatrixBusError):
     """A role's handler broke the contract: wrong return type, unknown next role."""
 
 
+class Retry(MatrixBusError):
+    """Raise it in a handler to have the hop tried again: something that it needs is busy or down.
+
+    `after_s` is how long to wait at least, in seconds; else attempts wait longer and longer. It counts as an attempt.
+    """
+
+    transient = True
+
+    def __init__(self, message: str, after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = after_s
+
+
+class ResourceError(MatrixBusError):
+    """A resource of the workflow could not be opened: what it connects to may be down."""
+
+    transient = True
+
+
 class WorkerCrashed(MatrixBusError):
     """The process that ran the handler died under it."""
 
     transient = True
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether a handler that raised this is called again; a timeout is, wherever it comes from."""
+    return isinstance(error, TimeoutError) or (isinstance(error, MatrixBusError) and error.transient)
+
+
+# --- telling about it -------------------------------------------------------------------------------------------
+
+
+def user_frames(error: BaseException, most: int = 20) -> str:
+    """The last frames of a traceback that are the user's: none of ours, nor what lies between ours and theirs."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_PACKAGE, "<frozen "))
+    ]
+    while frames and frames[0].filename.startswith(_STDLIB) and "site-packages" not in frames[0].filename:
+        del frames[0]
+    return "".join(traceback.format_list(frames[-most:])).rstrip()

@@ -11,6 +11,7 @@ It listens on loopback and knows no users: put your own authentication before it
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -67,9 +68,10 @@ async def outcomes(request: web.Request) -> web.StreamResponse:
     run = await request.app[BUS].run(request.match_info["run"])
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
-    async for outcome in run.outcomes():
-        await response.write(msgspec.json.encode(outcome) + b"\n")
-    await response.write_eof()
+    with contextlib.suppress(ConnectionResetError):  # the reader has left
+        async for outcome in run.outcomes():
+            await response.write(msgspec.json.encode(outcome) + b"\n")
+        await response.write_eof()
     return response
 
 

@@ -57,11 +57,12 @@ def failed(reason: str) -> Outcome:
 class Row(Generic[S]):
     """One row at one hop, as its handler sees it."""
 
-    __slots__ = ("_message", "_store", "number", "run", "state", "trials")
+    __slots__ = ("_message", "_rng", "_store", "number", "run", "state", "trials")
 
     def __init__(self, message: Orchestrator, state: S, trials: int = 1, store: Store | None = None) -> None:
         self._message = message
         self._store = store
+        self._rng: random.Random | None = None
         self.run = message.run
         self.number = message.n
         self.state = state
@@ -109,8 +110,10 @@ class Row(Generic[S]):
 
     @property
     def rng(self) -> random.Random:
-        """A new generator, seeded by row and hop, so that a repeated handler call draws the same."""
-        return random.Random(f"{self.seed}:{self.hop}")
+        """The handler call's own generator, seeded by row and hop: a repeated call draws the same."""
+        if self._rng is None:
+            self._rng = random.Random(f"{self.seed}:{self.hop}")
+        return self._rng
 
     async def input(self) -> Any:
         """The line as submitted; read from the object store where it was large."""

@@ -2,90 +2,26 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
-import functools
-import inspect
-import textwrap
-import typing
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, Literal, TypeVar, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import msgspec
 
 from ..config import Sampling, parse
 from ..errors import ConfigError, RowError, WorkflowError
 from ..llm import LLM
-from ..orchestrator import LEASE_ROLE, REF_MARK, OutcomeRecord, is_token
+from ..orchestrator import REF_MARK, OutcomeRecord, is_token
 from .large import Store, decoding, lighten
-from .row import S, to
+from .resource import Resource
+from .role import Role
+from .row import Row, S
+
+if TYPE_CHECKING:
+    from ..llm import Responder
+    from .run_row import RowResult
 
 H = TypeVar("H", bound=Callable[..., Any])
-Mode = Literal["async", "thread", "process"]
-
-
-class Role:
-    """One role of a workflow: its handler, how it is run and what it asks for."""
-
-    def __init__(self, name: str, handler: Callable[..., Any], *, model: str, sampling: Sampling, process: bool):
-        if not is_token(name) or name == LEASE_ROLE:
-            raise WorkflowError(f"role name {name!r} must be 1 to 64 of A-Z a-z 0-9 _ -, and not {LEASE_ROLE!r}")
-        self.name = name
-        self.handler = handler
-        self.model = model
-        self.sampling = sampling
-        if not inspect.isfunction(handler):
-            raise WorkflowError(f"role {name!r}: the handler must be a function, not {type(handler).__name__}")
-        is_async = inspect.iscoroutinefunction(handler)
-        if process and is_async:
-            raise WorkflowError(f"role {name!r}: a process handler must be a plain def, not async def")
-        self.mode: Mode = "async" if is_async else "process" if process else "thread"
-
-    @functools.cached_property
-    def parameters(self) -> tuple[tuple[str, Any], ...]:
-        """Name and type of what the handler wants beside the row. Raises `WorkflowError`."""
-        try:
-            hints = typing.get_type_hints(self.handler)
-        except NameError as error:
-            raise WorkflowError(f"role {self.name!r}: {error}, in the handler's annotations") from None
-        names = list(inspect.signature(self.handler).parameters)
-        if not names:
-            raise WorkflowError(f"role {self.name!r}: the handler must take the row as its first parameter")
-        for name in names[1:]:
-            if name not in hints:
-                raise WorkflowError(f"role {self.name!r}: parameter {name!r} needs a type, such as {name}: LLM")
-        return tuple((name, hints[name]) for name in names[1:])
-
-    @property
-    def wants_model(self) -> bool:
-        """True if the handler takes an `LLM`."""
-        return any(kind is LLM for _, kind in self.parameters)
-
-    @functools.cached_property
-    def routes(self) -> frozenset[str]:
-        """The roles that appear in the handler's source as `to("name")`."""
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(self.handler)))
-        except (OSError, SyntaxError):  # no source: routes are checked when they are taken
-            return frozenset()
-        return frozenset(
-            node.args[0].value
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Call)
-            and self._is_to(node.func)
-            and len(node.args) == 1
-            and isinstance(node.args[0], ast.Constant)
-            and isinstance(node.args[0].value, str)
-        )
-
-    def _is_to(self, function: ast.expr) -> bool:
-        """True for `to` and `mb.to`, by what the names mean where the handler was written; not for `tensor.to`."""
-        names = self.handler.__globals__
-        if isinstance(function, ast.Name):
-            return names.get(function.id) is to
-        if not (isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)):
-            return False
-        return function.attr == "to" and inspect.ismodule(module := names.get(function.value.id)) and module.to is to
 
 
 class Workflow(Generic[S]):
@@ -113,6 +49,8 @@ class Workflow(Generic[S]):
         self.config = config
         self.quick = {"max_in_flight": 4, **(quick or {})}
         self.roles: dict[str, Role] = {}
+        self.resources: dict[Any, Resource] = {}
+        """By the type that handlers ask for, in the order of their declaration."""
         self.spec = name
         """What `load_workflow` was given: another process loads the same from it."""
         self.code_hash = ""
@@ -124,7 +62,14 @@ class Workflow(Generic[S]):
     def role(self, handler: H, /) -> H: ...
     @overload
     def role(
-        self, /, *, name: str = "", model: str = "default", sampling: Sampling = ..., process: bool = False
+        self,
+        /,
+        *,
+        name: str = "",
+        model: str = "default",
+        sampling: Sampling = ...,
+        process: bool = False,
+        routes: Sequence[str] | None = None,
     ) -> Callable[[H], H]: ...
     def role(
         self,
@@ -135,21 +80,63 @@ class Workflow(Generic[S]):
         model: str = "default",
         sampling: Sampling = Sampling(),  # noqa: B008 - a frozen struct
         process: bool = False,
+        routes: Sequence[str] | None = None,
     ) -> H | Callable[[H], H]:
         """Declare a role; its name is the function's unless given.
 
         An `async def` handler runs on the event loop, a plain `def` in a thread, and with `process=True` in a
-        process pool, for what burns CPU. `model` is an alias from the run's `llm.models`.
+        process pool, for what burns CPU. `model` is an alias from the run's `llm.models`. `routes` are the roles
+        that it may send rows to, for a handler that computes them; else they are read from its source.
         """
 
         def register(function: H) -> H:
-            role = Role(name or function.__name__, function, model=model, sampling=sampling, process=process)
+            role = Role(
+                name or getattr(function, "__name__", ""),
+                function,
+                model=model,
+                sampling=sampling,
+                process=process,
+                declared=routes,
+            )
             if role.name in self.roles:
                 raise WorkflowError(f"workflow {self.name!r} has two roles named {role.name!r}")
             self.roles[role.name] = role
             return function
 
         return register(handler) if handler is not None else register
+
+    def resource(self, function: H) -> H:
+        """Declare what handlers share: a reward model, a database pool. They ask for it by its type.
+
+        The function returns it, or yields it and tidies up afterwards; `async def` on the event loop, a plain `def`
+        in a thread. It may take the workflow's config, and resources declared before it. A worker opens one when it
+        begins to serve a run that needs it, shares it among the handlers of all runs with the same parameters, and
+        closes it when it leaves the last of them. Each process of `process=True` handlers has its own.
+        """
+        made = Resource(function)
+        if made.kind is LLM or made.kind is self.config or made.kind is Row:
+            raise WorkflowError(f"resource {made.name!r} makes a {made.kind!r}, which handlers have already")
+        if made.kind in self.resources:
+            raise WorkflowError(
+                f"workflow {self.name!r} has two resources of type {made.kind!r}: "
+                f"{self.resources[made.kind].name} and {made.name}"
+            )
+        for parameter, kind in made.takes:
+            if kind not in self.resources and (self.config is None or kind is not self.config):
+                raise WorkflowError(
+                    f"resource {made.name!r} asks for {parameter!r} of type {kind!r}: it can have the workflow's "
+                    "config and resources declared before it"
+                )
+        self.resources[made.kind] = made
+        return function
+
+    def needed(self, kinds: Sequence[Any]) -> list[Resource]:
+        """The resources of these types and what they need themselves, each after what it takes."""
+        wanted = set(kinds)
+        for made in reversed(self.resources.values()):
+            if made.kind in wanted:
+                wanted.update(kind for _, kind in made.takes)
+        return [made for made in self.resources.values() if made.kind in wanted]
 
     def metrics(self, function: Callable[[S, Any], Mapping[str, float]]) -> Callable[..., Mapping[str, float]]:
         """Declare what to report of a run: (final state, input) of a row -> numbers, averaged over rows.
@@ -205,19 +192,71 @@ class Workflow(Generic[S]):
     def check(self) -> None:
         """Raises `WorkflowError` where a route or a handler cannot work."""
         if self.start not in self.roles:
-            raise WorkflowError(f"workflow {self.name!r} starts at {self.start!r}, its roles are {self._names()}")
+            raise WorkflowError(
+                f"workflow {self.name!r} starts at {self.start!r}, its roles are {self._names()}"
+                + self._near(self.start)
+            )
         for role in self.roles.values():
-            for parameter, kind in role.parameters:
-                if kind is not LLM and (self.config is None or kind is not self.config):
-                    raise WorkflowError(
-                        f"role {role.name!r} asks for {parameter!r} of type {kind!r}, which nothing provides"
-                    )
-                if role.mode != "async" and kind is LLM:
-                    raise WorkflowError(
-                        f"role {role.name!r} is a plain def, which cannot await {parameter!r}: make it async def"
-                    )
-            if missing := sorted(role.routes - self.roles.keys()):
-                raise WorkflowError(f"role {role.name!r} sends rows to {missing[0]!r}, the roles are {self._names()}")
+            for problem in self._problems(role):
+                raise WorkflowError(problem)
+
+    def _problems(self, role: Role) -> Iterator[str]:
+        for parameter, kind in role.parameters:
+            resource = self.resources.get(kind)
+            if kind is LLM:
+                if role.mode != "async":
+                    yield f"role {role.name!r} is a plain def, which cannot await {parameter!r}: make it async def"
+            elif resource is not None:
+                for made in self.needed([kind]) if role.mode == "process" else ():
+                    if made.is_async:
+                        yield (
+                            f"role {role.name!r} runs in a process of its own, which has no event loop for the "
+                            f"resource {made.name!r}: make that a plain def"
+                        )
+            elif self.config is None or kind is not self.config:
+                offered = ", ".join(made.name for made in self.resources.values())
+                yield (
+                    f"role {role.name!r} asks for {parameter!r} of type {kind!r}, which nothing provides"
+                    + (f"; the resources are {offered}" if offered else ": @flow.resource declares what does")
+                )
+        for missing in sorted(set(role.routes.roles) - self.roles.keys()):
+            yield f"role {role.name!r} sends rows to {missing!r}, the roles are {self._names()}{self._near(missing)}"
+
+    def _near(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.roles, n=1)
+        return f"; did you mean {near[0]!r}?" if near else ""
 
     def _names(self) -> str:
         return ", ".join(sorted(self.roles)) or "none"
+
+    async def run_row(
+        self,
+        row: Mapping[str, Any] | bytes,
+        *,
+        llm: Responder | None = None,
+        config: msgspec.Struct | Mapping[str, Any] | None = None,
+        resources: Mapping[Any, Any] | None = None,
+        seed: int = 0,
+        max_attempts: int = 3,
+        max_hops: int = 100,
+    ) -> RowResult[S]:
+        """One row from its first role to its outcome, in this process, without a broker: for tests and notebooks.
+
+        `row` is the input line. `llm` gives the models' answers: a list of them in the order of the calls, or a
+        function of the `ChatRequest`, plain or async; an answer is a text, a `Reply`, or an exception to raise.
+        `config` are the workflow's parameters; `resources` replaces some by their type, the others are opened.
+        A transient error is retried at once, up to `max_attempts` calls of a hop. Raises what a handler raises,
+        `RowError` if the line does not fit, `HandlerError` if the row is not done after `max_hops`.
+        """
+        from .run_row import run_row
+
+        return await run_row(
+            self,
+            row,
+            llm=llm,
+            config=config,
+            resources=resources or {},
+            seed=seed,
+            max_attempts=max_attempts,
+            max_hops=max_hops,
+        )

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import traceback
-from types import TracebackType
+from typing import Annotated
 
 import typer
 
-from ..errors import BusError, MatrixBusError, UsageError, WorkflowError
+from ..errors import BusError, MatrixBusError, UsageError, WorkflowError, user_frames
 from ..telemetry import configure_logs
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"matrix-bus {version('matrix-bus')}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     name="matrix-bus",
@@ -24,9 +34,19 @@ app = typer.Typer(
 )
 
 
+@app.callback()
+def _everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
     """Entry point of `matrix-bus`. A user's mistake is one message and exit code 2, never a traceback of ours."""
-    from . import endings, processes, runs, settings, submitting  # noqa: F401 - they register their commands
+    for room in ("submitting", "runs", "processes", "endings", "settings", "authoring"):  # in the order of --help
+        importlib.import_module(f".{room}", __package__)
 
     configure_logs()
     try:
@@ -34,20 +54,8 @@ def main() -> None:
     except MatrixBusError as error:
         print(f"error: {error}", file=sys.stderr)
         if isinstance(error, WorkflowError) and error.__cause__ is not None:
-            _print_user_frames(error.__cause__)
+            cause = error.__cause__
+            print("\n".join([user_frames(cause), *traceback.format_exception_only(cause)]), end="", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError | BusError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _print_user_frames(error: BaseException) -> None:
-    """The traceback without our own frames and the import machinery's: what is left is the user's code."""
-    frames = [
-        f for f in traceback.extract_tb(_tb(error)) if "matrix_bus" not in f.filename and "<frozen" not in f.filename
-    ]
-    for line in traceback.format_list(frames) + traceback.format_exception_only(error):
-        print(line, end="", file=sys.stderr)
-
-
-def _tb(error: BaseException) -> TracebackType | None:
-    return error.__traceback__

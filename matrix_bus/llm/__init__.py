@@ -1,19 +1,24 @@
 """Model calls over a live set of OpenAI-compatible endpoints, recorded in the history of the row."""
 
 from ..orchestrator import Usage
-from .client import LLM
+from .client import LLM, Model
 from .history import SEGMENT_MARK, Call, read_segment, segment_body, with_segment
-from .messages import Message, Reply, assistant, system, tool, user
+from .messages import ChatRequest, Message, Reply, assistant, system, tool, user
 from .pool import Endpoint, ModelPool
+from .scripted import Responder, ScriptedModels
 
 __all__ = (
     "LLM",
     "SEGMENT_MARK",
     "Call",
+    "ChatRequest",
     "Endpoint",
     "Message",
+    "Model",
     "ModelPool",
     "Reply",
+    "Responder",
+    "ScriptedModels",
     "Usage",
     "assistant",
     "read_segment",

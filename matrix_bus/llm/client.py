@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -15,7 +15,20 @@ from ..errors import ConfigError, HandlerError
 from ..orchestrator import Usage
 from .history import Call, Failure, Recorder
 from .messages import ChatRequest, Message, Reply, sent
-from .pool import Flight, ModelPool
+from .pool import Flight
+
+
+class Model(Protocol):
+    """What answers the calls of one alias: a `ModelPool`, or a script."""
+
+    @property
+    def model(self) -> str:
+        """The name that the servers know the model by."""
+        ...
+
+    async def complete(self, request: ChatRequest, flight: Flight) -> tuple[Reply, float]:
+        """The reply, and the seconds spent in line for it. Raises `ModelError`."""
+        ...
 
 
 class LLM:
@@ -23,7 +36,7 @@ class LLM:
 
     def __init__(
         self,
-        resolve: Callable[[str | None], ModelPool],
+        resolve: Callable[[str | None], Model],
         default_alias: str,
         sampling: Sampling,
         history: list[bytes],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -18,12 +19,13 @@ from typing import Any
 from .. import catalog, registry, telemetry
 from ..agent import Workflow
 from ..bus import Bus
-from ..errors import BusError, MatrixBusError
+from ..errors import BusError, MatrixBusError, ResourceError, user_frames
 from ..orchestrator import LEASE_ROLE, SCHEMA
 from ..registry import RunRecord
 from .handlers import Executors
 from .models import EmbeddedModel, Models
 from .pulling import Pool, Pump
+from .resources import Resources
 from .session import Session
 from .watchdog import Watchdog
 
@@ -62,7 +64,10 @@ class Worker:
         self._pump = Pump()
         self._executors = Executors(threads=min(64, slots), processes=os.cpu_count() or 1)
         self._models = Models(embedded_model)
+        self._resources = Resources()
         self._sessions: dict[str, Session] = {}
+        self._opening: dict[str, asyncio.Task[None]] = {}
+        """Runs whose sessions are being made: a resource may take minutes, and other runs go on meanwhile."""
         self._refused: dict[str, str] = {}
         """Why a run is not served, so that it is said once."""
         self._finished: dict[str, int | None] = {}
@@ -91,14 +96,15 @@ class Worker:
             beside = [
                 group.create_task(self._pump.run(), name="pump"),
                 group.create_task(self.watchdog.run(), name="watchdog"),
-                group.create_task(self._follow_runs(), name="runs"),
+                group.create_task(self._follow_runs(group), name="runs"),
                 group.create_task(self._retire_finished(), name="retire"),
                 group.create_task(self._announce(), name="announce"),
             ]
             await self._stopping.wait()
             self._pump.stop()
-            for task in beside[2:]:
+            for task in (*beside[2:], *self._opening.values()):
                 task.cancel()
+            await asyncio.gather(*self._opening.values(), return_exceptions=True)
             closing = asyncio.gather(*(session.close(self._grace_s) for session in self._sessions.values()))
             hurry = asyncio.create_task(self._hurry.wait())
             waits: list[asyncio.Future[Any]] = [closing, hurry]
@@ -131,17 +137,21 @@ class Worker:
         finally:
             forget()
 
-    async def _follow_runs(self) -> None:
+    async def _follow_runs(self, group: asyncio.TaskGroup) -> None:
         async for records in registry.watch(self._bus):
             wanted = {record.id: record for record in records}
+            for run in self._opening.keys() - wanted:
+                self._opening[run].cancel()
             for run in list(self._sessions):
                 if run not in wanted or self._sessions[run].gone:
                     await self._close(run)
             for record in records:
                 if record.id in self._sessions:
                     self._sessions[record.id].record = record
-                elif self._finished.get(record.id, -1) != record.total:
-                    await self._open(record)
+                elif record.id not in self._opening and self._finished.get(record.id, -1) != record.total:
+                    task = group.create_task(self._open(record), name=f"open {record.id}")
+                    self._opening[record.id] = task
+                    task.add_done_callback(functools.partial(self._opening.pop, record.id))
 
     async def _open(self, record: RunRecord) -> None:
         flow = self._flows.get(record.workflow)
@@ -158,24 +168,27 @@ class Worker:
                 f"{flow.code_hash}: start the worker from the same source, or submit again",
             )
             return
-        served = [name for name in flow.roles if not self._roles or name in self._roles]
-        pools = {name: self._pool(record, name) for name in [LEASE_ROLE, *served]}
+        served = [role for name, role in flow.roles.items() if not self._roles or name in self._roles]
+        pools = {name: self._pool(record, name) for name in [LEASE_ROLE, *(role.name for role in served)]}
         try:
             if (await registry.progress(self._bus, record)).done:
                 self._finished[record.id] = record.total
                 return
-            aliases = {
-                record.config.role(name).model or flow.roles[name].model
-                for name in served
-                if flow.roles[name].wants_model
-            }
+            aliases = {record.config.role(role.name).model or role.model for role in served if role.wants_model}
             resolve = await self._models.resolver(record.config, aliases)
-            session = Session(self._bus, record, flow, pools, self._pump, self._executors, resolve)
+            parameters = flow.parse_config(record.config.workflow)
+            kinds = [kind for role in served if role.mode != "process" for _, kind in role.parameters]
+            async with contextlib.AsyncExitStack() as stack:
+                available = await stack.enter_async_context(self._resources.of(flow, parameters, kinds))
+                rest = stack.pop_all()
+            session = Session(self._bus, record, flow, pools, self._pump, self._executors, resolve, available, rest)
             try:
                 await session.open()
             except BaseException:
                 await session.close(0)
                 raise
+        except ResourceError as error:  # what it connects to may come back: the runs are looked at again soon
+            self._refuse(record, f"{error}\n{user_frames(error.__cause__ or error)}".rstrip())
         except BusError as error:
             log.warning("worker.run_not_opened", run=record.id, error=str(error))
         except MatrixBusError as error:
@@ -183,7 +196,7 @@ class Worker:
         else:
             self._refused.pop(record.id, None)
             self._sessions[record.id] = session
-            log.info("worker.serving", run=record.id, roles=served)
+            log.info("worker.serving", run=record.id, roles=[role.name for role in served])
 
     def _pool(self, record: RunRecord, role: str) -> Pool:
         """The slots of a role: shared by all runs, or of the run's own where it limits them."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import random
-import traceback
-from pathlib import Path
 
-from ..errors import MatrixBusError, ModelError, RateLimited, RowError, WorkerCrashed
+from ..errors import MatrixBusError, ModelError, RateLimited, Retry, RowError, WorkerCrashed, user_frames
 from ..orchestrator import ErrorRecord, Orchestrator, clean
 
 _TRACE_FRAMES = 5
-_PACKAGE = str(Path(__file__).parent.parent)
 _FIRST_S, _LONGEST_S, _LONGEST_ASKED_S = 1.0, 60.0, 3600.0
 
 
@@ -20,7 +17,7 @@ def backoff_s(attempt: int, error: Exception) -> float:
     Full jitter as in "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015): waiting rows must not come
     back as one wave.
     """
-    if isinstance(error, RateLimited) and error.retry_after_s is not None:
+    if isinstance(error, RateLimited | Retry) and error.retry_after_s is not None:
         return min(_LONGEST_ASKED_S, error.retry_after_s) * random.uniform(1.0, 1.25)
     return random.uniform(0.1, min(_LONGEST_S, _FIRST_S * 2.0 ** min(attempt - 1, 10)))
 
@@ -29,7 +26,7 @@ def describe(error: Exception, message: Orchestrator, now: float) -> ErrorRecord
     """What the outcome will say about it: for a defect of a handler with the user's frames."""
     text = str(error) or ("the handler's time was up" if isinstance(error, TimeoutError) else repr(error))
     if not isinstance(error, MatrixBusError | TimeoutError):
-        text = f"{text}\n{user_frames(error)}"
+        text = f"{text}\n{user_frames(error, _TRACE_FRAMES)}"
     return ErrorRecord(type(error).__name__, clean(text), message.role, message.hop, message.attempt, now)
 
 
@@ -40,9 +37,3 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, ModelError | WorkerCrashed):
         return type(error).__name__
     return "timeout" if isinstance(error, TimeoutError) else f"error: {type(error).__name__}"
-
-
-def user_frames(error: BaseException) -> str:
-    """The frames of a traceback that are not ours: a handler's mistake is in the user's own code."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_PACKAGE)]
-    return "".join(traceback.format_list(frames[-_TRACE_FRAMES:])).rstrip()

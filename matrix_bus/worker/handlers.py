@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import contextvars
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -61,19 +63,22 @@ class Caller:
         self,
         flow: Workflow[Any],
         role: Role,
-        config: msgspec.Struct | None,
+        available: Mapping[Any, Any],
         executors: Executors,
         trials: int,
         store: Store | None = None,
     ) -> None:
+        """`available` are the workflow's config and the resources, by their types."""
         self._flow = flow
         self._store = store
         self._role = role
         self._executors = executors
         self._trials = trials
-        self._config = config
+        self._config = available.get(flow.config)
         self._llm_names = [name for name, kind in role.parameters if kind is LLM]
-        self._fixed: dict[str, Any] = {name: config for name, kind in role.parameters if kind is not LLM}
+        self._fixed: dict[str, Any] = {}
+        if role.mode != "process":
+            self._fixed = {name: available[kind] for name, kind in role.parameters if kind is not LLM}
 
     async def __call__(self, message: Orchestrator, make_llm: MakeLLM) -> tuple[Next | Outcome, bytes]:
         """(what the handler decided, the state as it left it).
@@ -103,15 +108,7 @@ class Caller:
             else:
                 result = await self._executors.in_thread(lambda: role.handler(row, **arguments))
             state = encode_state(row.state)
-        if not isinstance(result, Next | Outcome):
-            raise HandlerError(
-                f"role {role.name!r} returned {result!r:.100}: a handler returns to(role), success(), "
-                "filtered(reason) or failed(reason)"
-            )
-        if isinstance(result, Next) and result.role not in self._flow.roles:
-            known = ", ".join(sorted(self._flow.roles))
-            raise HandlerError(f"role {role.name!r} sent the row to {result.role!r}; the roles are {known}")
-        return result, state
+        return role.decided(result, self._flow.roles), state
 
 
 def _call_in_process(
@@ -123,7 +120,26 @@ def _call_in_process(
         raise HandlerError(f"{spec} was edited after this worker had loaded it: restart the worker")
     message = decode(body)
     row: Row[Any] = Row(message, flow.decode_state(message.state), trials)
-    config = flow.parse_config(msgspec.json.decode(config_json) or {})
     role = flow.roles[role_name]
-    result = role.handler(row, **{name: config for name, _ in role.parameters})
+    available = _available_here(flow, role, config_json)
+    result = role.handler(row, **{name: available[kind] for name, kind in role.parameters})
     return result, encode_state(row.state)
+
+
+_open_here: dict[tuple[str, bytes], dict[Any, Any]] = {}
+"""In the child: config and resources by their types, for each workflow and its parameters."""
+_closing = contextlib.ExitStack()
+
+
+def _available_here(flow: Workflow[Any], role: Role, config_json: bytes) -> dict[Any, Any]:
+    """In the child: what the handler may ask for; resources stay open until the process ends."""
+    if not _open_here:
+        atexit.register(_closing.close)
+    key = (flow.code_hash, config_json)
+    if key not in _open_here:
+        _open_here[key] = {flow.config: flow.parse_config(msgspec.json.decode(config_json) or {})}
+    available = _open_here[key]
+    for resource in flow.needed([kind for _, kind in role.parameters]):
+        if resource.kind not in available:
+            available[resource.kind] = _closing.enter_context(resource.open_here(available))
+    return available

@@ -14,7 +14,7 @@ from nats.aio.msg import Msg
 from .. import telemetry
 from ..agent import Next, Workflow, encode_state
 from ..bus import Bus, Lane
-from ..errors import BusError, MatrixBusError, RowError
+from ..errors import BusError, MatrixBusError, RowError, is_transient, user_frames
 from ..orchestrator import (
     HEADER_LEASE,
     LEASE_ROLE,
@@ -33,7 +33,7 @@ from ..orchestrator import (
 from ..payload import Payloads
 from ..registry import RunRecord
 from .delivery import Delivery
-from .failure import backoff_s, describe, reason_of, user_frames
+from .failure import backoff_s, describe, reason_of
 from .handlers import Caller, Executors
 from .heartbeat import Wheel
 from .moves import Moves
@@ -61,7 +61,10 @@ class Session:
         pump: Pump,
         executors: Executors,
         resolve: Resolve,
+        available: Mapping[Any, Any],
+        beside: contextlib.AsyncExitStack,
     ) -> None:
+        """`available` are config and resources for the handlers; `beside` is closed with the session, after it."""
         self.record = record
         self.flow = flow
         self.touched_at = time.monotonic()
@@ -80,15 +83,14 @@ class Session:
         self._closing = False
         self._loop = asyncio.get_running_loop()
         self._lanes: dict[str, Lane] = {}
-        self._stack = contextlib.AsyncExitStack()
-        config = flow.parse_config(record.config.workflow)
+        self._stack = beside
         self._served = {
             name: Served(
                 record,
                 flow,
                 name,
                 pool,
-                Caller(flow, flow.roles[name], config, executors, record.config.trials, self._offload.store),
+                Caller(flow, flow.roles[name], available, executors, record.config.trials, self._offload.store),
                 resolve,
             )
             for name, pool in pools.items()
@@ -288,8 +290,7 @@ class Session:
 
     async def _after_error(self, delivery: Delivery, message: Orchestrator, error: Exception, lease: str) -> None:
         served = self._served[message.role]
-        transient = isinstance(error, TimeoutError) or (isinstance(error, MatrixBusError) and error.transient)
-        if not transient or message.attempt >= served.max_attempts:
+        if not is_transient(error) or message.attempt >= served.max_attempts:
             await self._fail(delivery, message, error, lease)
             return
         now = time.time()

@@ -66,7 +66,7 @@ async def _get(session: aiohttp.ClientSession, path: str) -> tuple[int, Any]:
 
 
 async def test_rows_go_in_and_outcomes_come_out(service: aiohttp.ClientSession) -> None:
-    body = b"".join(b'{"x": %d}\n' % x for x in range(30)) + b'{"y": 1}\n'
+    body = b"".join(b'{"x": %d}\n' % x for x in range(30)) + b"{no\n"
     code, made = await _post(service, "/runs/walk?run=nightly", body)
     assert (code, made["run"], made["rejected"]) == (201, "nightly", 1)
     assert made["first"][0]["line"] == 31

@@ -201,7 +201,7 @@ async def test_parameters_and_settings_are_checked_before_anything_is_published(
             ({"max_turns": float("nan")}, None, "cannot be stored"),
             (None, {"trails": 3}, "did you mean 'trials'"),
             (None, {"trials": 0}, "trials"),
-            (None, {"roles": {"b": {}}}, "roles.b"),
+            (None, {"roles": {"b": {}}}, "no role .b.; there are a"),
             ({"max_turns": 3}, {"workflow": {"max_turns": 3}}, "give them once"),
             ([1], None, "a mapping or a struct"),
         ]

@@ -17,6 +17,7 @@ import pytest
 import matrix_bus as mb
 from matrix_bus import LLM, Next, Outcome, Row, Sampling, State, Workflow, failed, filtered, success, to
 from matrix_bus.agent import installed_workflows, load_workflow
+from matrix_bus.agent.routes import Routes
 from matrix_bus.errors import ConfigError, RowError, WorkflowError
 from matrix_bus.orchestrator import ErrorRecord, RowMessage, admit, advance, finish, retry
 
@@ -64,11 +65,11 @@ def test_roles_are_named_by_their_functions() -> None:
     assert made.roles["writer"].handler is writer, "the function itself stays what it was"
     assert (made.roles["writer"].model, made.roles["writer"].sampling) == ("default", Sampling())
     assert made.roles["writer"].mode == "async"
-    assert made.roles["writer"].routes == {"judge"}
+    assert made.roles["writer"].routes.roles == ("judge",)
     assert made.roles["writer"].wants_model
     assert not made.roles["judge"].wants_model
     assert made.roles["judge"].parameters == (("config", Settings),)
-    assert made.roles["judge"].routes == {"writer"}
+    assert made.roles["judge"].routes.roles == ("writer",)
     made.check()
 
 
@@ -130,7 +131,7 @@ def refused(made: Workflow[Any]) -> str:
 
 def test_check_unknown_start() -> None:
     assert refused(flow(writer, judge, start="wirter")) == (
-        "workflow 'draft' starts at 'wirter', its roles are judge, writer"
+        "workflow 'draft' starts at 'wirter', its roles are judge, writer; did you mean 'writer'?"
     )
     assert refused(flow()).endswith("its roles are none")
 
@@ -150,7 +151,7 @@ def test_check_annotation_that_nobody_defines() -> None:
     async def writer(row: Row[Draft], llm: Nowhere) -> Outcome:  # type: ignore[name-defined]  # noqa: F821
         return success()
 
-    assert "name 'Nowhere' is not defined, in the handler's annotations" in refused(flow(writer))
+    assert "name 'Nowhere' is not defined, in its annotations" in refused(flow(writer))
 
 
 def test_check_type_that_nothing_provides() -> None:
@@ -182,7 +183,7 @@ def test_routes_that_are_not_literal_are_left_to_the_run() -> None:
         return to(row.state.text)
 
     made = flow(writer)
-    assert made.roles["writer"].routes == frozenset()
+    assert made.roles["writer"].routes == Routes(complete=False)
     made.check()
 
 

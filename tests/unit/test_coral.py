@@ -224,7 +224,7 @@ def test_max_turns_must_leave_room_for_both() -> None:
 
 def test_it_is_installed_and_its_routes_hold() -> None:
     assert load_workflow("coral") is flow
-    assert {name: set(role.routes) for name, role in flow.roles.items()} == {
+    assert {name: set(role.routes.roles) for name, role in flow.roles.items()} == {
         "solver": {"extractor"},
         "reviewer": {"extractor"},
         "extractor": {"matcher"},

@@ -834,7 +834,8 @@ def test_a_line_that_is_no_call_is_named() -> None:
 
 def test_the_public_names() -> None:
     assert set(matrix_bus.llm.__all__) == {
-        *("LLM", "Call", "Endpoint", "Message", "ModelPool", "Reply", "Usage"),
+        *("LLM", "Call", "ChatRequest", "Endpoint", "Message", "Model", "ModelPool", "Reply", "Usage"),
+        *("Responder", "ScriptedModels"),
         *("assistant", "system", "tool", "user"),
         *("SEGMENT_MARK", "read_segment", "segment_body", "with_segment"),
     }

@@ -469,7 +469,7 @@ def no_model() -> LLM:
 
 async def test_a_process_handler_runs_elsewhere(flow: Workflow[Any], executors: Executors) -> None:
     config = flow.parse_config({"factor": 5})
-    call = Caller(flow, flow.roles["burn"], config, executors, trials=2)
+    call = Caller(flow, flow.roles["burn"], {flow.config: config}, executors, trials=2)
     result, state = await call(row(), no_model)
     assert result == Next("burn")
     found = flow.decode_state(state)
@@ -482,7 +482,7 @@ async def test_a_process_handler_runs_elsewhere(flow: Workflow[Any], executors: 
 
 
 async def test_a_process_that_dies_is_replaced(flow: Workflow[Any], executors: Executors) -> None:
-    call = Caller(flow, flow.roles["burn"], flow.parse_config({}), executors, trials=1)
+    call = Caller(flow, flow.roles["burn"], {flow.config: flow.parse_config({})}, executors, trials=1)
     with pytest.raises(WorkerCrashed, match="killed, or out of memory"):
         await call(row("die"), no_model)
     assert WorkerCrashed.transient
@@ -533,7 +533,7 @@ class Note(msgspec.Struct, kw_only=True):
 def noted(handler: Any, executors: Executors) -> Caller:
     made = Workflow("noted", state=Note, start="burn")
     made.role(name="burn")(handler)
-    return Caller(made, made.roles["burn"], None, executors, trials=1)
+    return Caller(made, made.roles["burn"], {}, executors, trials=1)
 
 
 async def test_the_state_comes_back_as_the_handler_left_it(executors: Executors) -> None:
