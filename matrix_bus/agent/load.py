@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import importlib.metadata
@@ -22,48 +23,74 @@ def installed_workflows() -> list[str]:
 
 
 def load_workflow(spec: str) -> Workflow[Any]:
-    """A workflow by name (an entry point), by file (`my_flow.py`) or as `module:attribute`.
+    """A workflow by name (an entry point), by file (`my_flow.py`, `flows.py:draft`) or as `module:attribute`.
 
-    Raises `WorkflowError`; an exception of the workflow's own code comes through as its cause.
+    What the file's folder, or for a module the current one, holds can be imported by it. Raises `WorkflowError`; an
+    exception of the workflow's own code is its cause.
     """
-    if spec.endswith(".py"):
-        module = _import_file(Path(spec))
-        found = [value for value in vars(module).values() if isinstance(value, Workflow)]
-        if len(found) != 1:
-            raise WorkflowError(f"{spec} must define one Workflow, it defines {len(found)}")
-        flow = found[0]
+    path, attribute = _as_file(spec)
+    if path is not None:
+        module = _import_file(path)
+        found = _workflow_in(module, attribute, str(path))
+        found.spec = str(path.resolve()) + (f":{attribute}" if attribute else "")
     else:
-        target = spec
-        if ":" not in spec:
-            points = {p.name: p.value for p in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-            if spec not in points:
-                raise WorkflowError(
-                    f"no workflow named {spec!r}: installed are {', '.join(sorted(points)) or 'none'}; "
-                    "a file is given with its .py ending"
-                )
-            target = points[spec]
-        name, _, attribute = target.partition(":")
+        name, _, attribute = (spec if ":" in spec else _entry_point(spec)).partition(":")
+        _make_importable(Path())
         module = _import(name, spec)
-        there = getattr(module, attribute, None)
-        if not isinstance(there, Workflow):
-            raise WorkflowError(f"{target} is not a Workflow")
-        flow = there
-    flow.spec = str(Path(spec).resolve()) if spec.endswith(".py") else spec
-    flow.code_hash = flow.code_hash or _code_hash(module)  # of the code that runs, not of an edit since
-    flow.check()
-    return flow
+        found = _workflow_in(module, attribute, name)
+        found.spec = spec
+    found.code_hash = found.code_hash or _code_hash(module)  # of the code that runs, not of an edit since
+    found.check()
+    return found
+
+
+def _as_file(spec: str) -> tuple[Path | None, str]:
+    """(the file, the name in it) if the spec names a file."""
+    if spec.endswith(".py"):
+        return Path(spec), ""
+    before, _, attribute = spec.rpartition(":")
+    return (Path(before), attribute) if before.endswith(".py") else (None, "")
+
+
+def _entry_point(name: str) -> str:
+    points = {point.name: point.value for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    if name in points:
+        return points[name]
+    if Path(f"{name}.py").is_file():
+        advice = f"a file is given with its ending: {name}.py"
+    elif near := difflib.get_close_matches(name, points, n=1):
+        advice = f"did you mean {near[0]!r}?"
+    else:
+        advice = f"installed are {', '.join(sorted(points)) or 'none'}; a file is given with its .py ending"
+    raise WorkflowError(f"no workflow named {name!r}: {advice}")
+
+
+def _workflow_in(module: Any, attribute: str, where: str) -> Workflow[Any]:
+    """The workflow of that name, or without a name the only one. Raises `WorkflowError`."""
+    there = {name: value for name, value in vars(module).items() if isinstance(value, Workflow)}
+    if attribute:
+        if attribute not in there:
+            raise WorkflowError(f"{where}:{attribute} is not a Workflow; {where} has {', '.join(there) or 'none'}")
+        return there[attribute]
+    if len({id(value) for value in there.values()}) != 1:
+        raise WorkflowError(
+            f"{where} must define one Workflow, it defines {len(there)}"
+            + (f": choose with {where}:{next(iter(there))}" if there else "")
+        )
+    return next(iter(there.values()))
 
 
 def _import(name: str, spec: str) -> Any:
     try:
         return importlib.import_module(name)
-    except Exception as error:
-        raise WorkflowError(f"workflow {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise WorkflowError(f"workflow {spec!r} cannot be imported: {_said(error)}") from error
 
 
 def _import_file(path: Path) -> Any:
     if not path.is_file():
-        raise WorkflowError(f"no such workflow file: {path}")
+        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.py")], n=1)
+        raise WorkflowError(f"no such workflow file: {path}" + (f"; did you mean {near[0]}?" if near else ""))
     name = f"matrix_bus_workflow_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -71,12 +98,26 @@ def _import_file(path: Path) -> Any:
     assert loader is not None and loader.loader is not None
     module = importlib.util.module_from_spec(loader)
     sys.modules[name] = module  # handlers' annotations and pickling look it up
+    _make_importable(path.parent)
     try:
         loader.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise WorkflowError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise WorkflowError(f"{path} cannot be loaded: {_said(error)}") from error
     return module
+
+
+def _make_importable(folder: Path) -> None:
+    """As for a script, but after everything installed: a file of the user's must not hide a module that we need."""
+    place = str(folder.resolve())
+    if place not in sys.path:
+        sys.path.append(place)
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return "it exits when imported; what only a script does belongs under if __name__ == '__main__'"
+    return f"{type(error).__name__}: {error}"
 
 
 def _code_hash(module: Any) -> str:

@@ -394,8 +394,10 @@ def test_module_and_attribute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (package / "prompts.py").write_text("TEXT = 'x'")
     found.code_hash = ""
     assert load_workflow("flows_of_a_package:flow").code_hash != before, "all files of the package count"
-    assert str(unloadable("flows_of_a_package:Draft")) == "flows_of_a_package:Draft is not a Workflow"
-    assert str(unloadable("flows_of_a_package:nothing")) == "flows_of_a_package:nothing is not a Workflow"
+    assert str(unloadable("flows_of_a_package:Draft")) == (
+        "flows_of_a_package:Draft is not a Workflow; flows_of_a_package has flow"
+    )
+    assert str(unloadable("flows_of_a_package:nothing")).startswith("flows_of_a_package:nothing is not a Workflow")
 
 
 def test_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,9 +410,14 @@ def test_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "sketch" in installed_workflows()
     found = load_workflow("sketch")
     assert (found.name, found.spec) == ("found", "sketch")
-    assert "no workflow named 'sketsch': installed are" in str(unloadable("sketsch"))
-    assert "sketch" in str(unloadable("sketsch"))
-    assert "a file is given with its .py ending" in str(unloadable("sketsch"))
+    assert str(unloadable("sketsch")) == "no workflow named 'sketsch': did you mean 'sketch'?"
+    there = str(unloadable("other"))
+    assert there.startswith("no workflow named 'other': installed are ") and "sketch" in there
+    assert there.endswith("a file is given with its .py ending")
+    monkeypatch.chdir(tmp_path)
+    assert str(unloadable("flow_with_entry_point")).endswith(
+        "a file is given with its ending: flow_with_entry_point.py"
+    )
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -442,7 +449,33 @@ def test_a_file_defines_one_workflow(tmp_path: Path) -> None:
     none.write_text("x = 1")
     two.write_text(SOURCE + "\nother = mb.Workflow('other', state=Draft, start='writer')\n")
     assert str(unloadable(str(none))) == f"{none} must define one Workflow, it defines 0"
-    assert str(unloadable(str(two))) == f"{two} must define one Workflow, it defines 2"
+    assert str(unloadable(str(two))) == f"{two} must define one Workflow, it defines 2: choose with {two}:flow"
+    other = load_workflow(f"{two}:flow")
+    assert (other.name, other.spec) == ("found", f"{two}:flow")
+    assert str(unloadable(f"{two}:Draft")) == f"{two}:Draft is not a Workflow; {two} has flow, other"
+
+
+def test_a_file_beside_it_can_be_imported_and_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "prompts_beside_the_flow.py").write_text("TEXT = 'x'\n")
+    (tmp_path / "uses_prompts.py").write_text("from prompts_beside_the_flow import TEXT\n" + SOURCE)
+    assert load_workflow(str(tmp_path / "uses_prompts.py")).name == "found"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("flow_in_current_folder.py").write_text(SOURCE)
+    assert load_workflow("flow_in_current_folder:flow").spec == "flow_in_current_folder:flow"
+
+
+def test_a_script_that_exits(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text("raise SystemExit(3)")
+    assert "it exits when imported" in str(unloadable(str(path)))
+
+
+def test_a_file_of_nearly_that_name(source: Path) -> None:
+    assert str(unloadable(str(source.with_name("myflow.py")))).endswith("myflow.py; did you mean my_flow.py?")
 
 
 def test_what_is_loaded_is_checked(tmp_path: Path) -> None:
