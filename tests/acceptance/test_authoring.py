@@ -127,14 +127,8 @@ def test_a_mistake_in_a_workflow_shows_the_users_own_lines_only(shell: Shell) ->
     (shell.directory / "typo.py").write_text("import matrix_bus as mb\nflow = mb.Workflow('x' state=1)\n")
     (shell.directory / "lost.py").write_text(ODD.replace("row.state.topic", '"ned"'))
     shell.dataset(1)
-    for words in (["graph"], ["submit", "data.jsonl", "-w"], ["worker", "-w"], ["config", "-w"], ["run", "data.jsonl", "-w"]):
-        ["graph"],
-        ["submit", "data.jsonl", "-w"],
-        ["worker", "-w"],
-        ["config", "-w"],
-        ["run", "data.jsonl", "-w"],
-    ):
-        done = shell.run(*words, "bad.py")
+    for words in ("graph", "submit data.jsonl -w", "worker -w", "config -w", "run data.jsonl -w"):
+        done = shell.run(*words.split(), "bad.py")
         assert done.returncode == 2
         said = done.stderr.splitlines()
         assert said[0] == "error: bad.py cannot be loaded: KeyError: 'system'"
