@@ -23,7 +23,8 @@ from .errors import ConfigError
 _SHIPPED = Path(__file__).parent / "conf"
 _GROUPS = ("workflow", "roles", "llm", "broker", "sandbox", "io")
 _PRIMARY = "matrix_bus_run"
-_OVERRIDE = re.compile(r"[+~]*[\w.@/]+=|~[\w.@/]+$")
+# Hydra's own pattern has a slash among the letters, for groups inside groups; we have none, but files in folders.
+_OVERRIDE = re.compile(r"[+~]*[\w.@]+=|~[\w.@]+$")
 _RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")
 
 

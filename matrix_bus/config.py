@@ -155,6 +155,13 @@ class RunConfig(_Group, frozen=True, kw_only=True):
         """The settings of a role, defaults if none are given."""
         return self.roles.get(name, _ROLE_DEFAULTS)
 
+    def alias_of(self, name: str, declared: str) -> str:
+        """The model that a role calls: as set for it, else what the workflow declares, if there is such a model.
+
+        A workflow may tell its models apart by alias and yet be run with one for all.
+        """
+        return self.role(name).model or (declared if declared in self.llm.aliases else DEFAULT_MODEL)
+
 
 _ROLE_DEFAULTS = RoleConfig()
 
@@ -227,8 +234,9 @@ def _explain(message: str, plain: Any, kind: type, at: str) -> str:
         found = found.get(word) if isinstance(found, dict) else None
     hint = "" if isinstance(found, dict | list) or found is None else f", in {found!r:.100}"
     if "unknown field" in what:
-        near = difflib.get_close_matches(what.rsplit("`", 2)[-2], _fields_at(kind, path), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        known = _fields_at(kind, path)
+        near = difflib.get_close_matches(what.rsplit("`", 2)[-2], known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}" if known else ""
     return f"setting at {where}: {what}{hint}"
 
 

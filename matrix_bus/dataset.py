@@ -116,7 +116,7 @@ class Intake:
             if len(str(identity)) > MAX_ID_CHARS:
                 return self._reject(f"the id is longer than {MAX_ID_CHARS} characters", body)
             if (first := self._ids.first(str(identity), self._at)) != self._at:
-                return self._reject(f"the id {identity!r} was taken before, at {first}", body)
+                return self._reject(f"the id {identity!r} was taken before, by line {first}", body)
         self.count += 1
         return Line(self.count - 1, body, str(self.count - 1 if identity is None else identity))
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import BusError, MatrixBusError, UsageError, WorkflowError, user_frames
+from ..errors import BusError, MatrixBusError, ModelError, UsageError, WorkflowError, user_frames
 from ..telemetry import configure_logs
 
 
@@ -56,6 +56,6 @@ def main() -> None:
         if isinstance(error, WorkflowError) and error.__cause__ is not None:
             cause = error.__cause__
             print("\n".join([user_frames(cause), *traceback.format_exception_only(cause)]), end="", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError | BusError) else 1)
+        sys.exit(2 if isinstance(error, UsageError | BusError | ModelError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

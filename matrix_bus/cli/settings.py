@@ -38,7 +38,9 @@ def load(
     """(dataset, workflow, settings) of a command line. Raises `UsageError`s."""
     datasets = [word for word in words if not is_override(word)]
     if not datasets:
-        raise DatasetError("no dataset is named: give a JSONL file, or - for stdin, beside the settings")
+        files = [word for word in words if Path(word).exists()]
+        hint = f" ({files[0]!r} is read as a setting; the file is ./{files[0]})" if files else ""
+        raise DatasetError(f"no dataset is named{hint}: give a JSONL file, or - for stdin, beside the settings")
     if len(datasets) > 1:
         raise ConfigError(f"{datasets[1]!r} is neither the dataset (that is {datasets[0]!r}) nor of the form KEY=VALUE")
     flow, composed = _compose(spec, [word for word in words if is_override(word)], config_dir, quick)
@@ -101,7 +103,7 @@ def _print_calls(flow: Workflow[Any], composed: Composed) -> None:
     for name, role in flow.roles.items():
         if not role.wants_model:
             continue
-        alias = config.role(name).model or role.model
+        alias = config.alias_of(name, role.model)
         mine, model = config.role(name).sampling, config.llm.named(alias)
         layers = [
             (mine, f"roles.{name}"),
@@ -115,7 +117,8 @@ def _print_calls(flow: Workflow[Any], composed: Composed) -> None:
             for value, origin in [_first(layers, parameter)]
             if value is not None
         ]
-        lines.append(f"#   {name}: model {model.model}" + "".join(f", {part}" for part in parts))
+        told = "" if alias == (config.role(name).model or role.model) else f" (no llm.models.{role.model})"
+        lines.append(f"#   {name}: model {model.model}{told}" + "".join(f", {part}" for part in parts))
     if lines:
         print("\n# what the roles call:")
         print("\n".join(lines))

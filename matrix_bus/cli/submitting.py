@@ -63,6 +63,7 @@ def run_all(
         quick = " ".join(f"{key}={value}" for key, value in flow.quick.items())
         say(f"embedded model, so small limits: {quick} (give your own as KEY=VALUE)")
     run.new_record(flow, config)
+    _say_missing_models(flow, config)
     go(_check_models(flow, config))
     url = broker_url(server or config.broker.url)
     command = [sys.executable, "-m", "matrix_bus", "worker", "--workflow", flow.spec]
@@ -103,6 +104,7 @@ def submit(
     configure_logs(level=log_level, json=log_json)
     data, flow, config = load(workflow, words, config_dir)
     run.new_record(flow, config)  # a mistake shows before a broker is started
+    _say_missing_models(flow, config)
     job = _Job(broker_url(server or config.broker.url), flow, config, data, output, run_id, strict)
     with interruptible(output):
         if detach:
@@ -125,7 +127,14 @@ def _end(tally: run.Tally, output: Path) -> None:
 
 
 def _models_of(flow: Workflow[Any], config: RunConfig) -> set[str]:
-    return {config.role(name).model or role.model for name, role in flow.roles.items() if role.wants_model}
+    return {config.alias_of(name, role.model) for name, role in flow.roles.items() if role.wants_model}
+
+
+def _say_missing_models(flow: Workflow[Any], config: RunConfig) -> None:
+    """An alias that the workflow declares and nobody has set is answered by the default model: worth a line."""
+    declared = {role.model for name, role in flow.roles.items() if role.wants_model and not config.role(name).model}
+    for alias in sorted(declared.difference(config.llm.aliases)):
+        say(f"no llm.models.{alias} is set: the default model answers in its place (llm.models.{alias}.model=NAME)")
 
 
 def _uses_embedded(flow: Workflow[Any], config: RunConfig) -> bool:

@@ -80,8 +80,9 @@ class Edge:
 
     def gone(self, model: str, why: object) -> EndpointGone:
         """The connection could not be made or did not last."""
+        which = f" (model {model!r})" if model else ""
         return EndpointGone(
-            f"{self._url} (model {model!r}) is gone: {self._excerpt(str(why) or type(why).__name__)}; "
+            f"{self._url}{which} is gone: {self._excerpt(str(why) or type(why).__name__)}; "
             "check that the server runs and can be reached from this worker"
         )
 

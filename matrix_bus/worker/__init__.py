@@ -174,7 +174,7 @@ class Worker:
             if (await registry.progress(self._bus, record)).done:
                 self._finished[record.id] = record.total
                 return
-            aliases = {record.config.role(role.name).model or role.model for role in served if role.wants_model}
+            aliases = {record.config.alias_of(role.name, role.model) for role in served if role.wants_model}
             resolve = await self._models.resolver(record.config, aliases)
             parameters = flow.parse_config(record.config.workflow)
             kinds = [kind for role in served if role.mode != "process" for _, kind in role.parameters]

@@ -40,7 +40,7 @@ class Served:
         self._timeout_s = settings.timeout_s
         self._call = caller
         self._resolve = resolve
-        self._alias = settings.model or role.model
+        self._alias = record.config.alias_of(name, role.model)
         llm = record.config.llm
         below = llm.named(self._alias).sampling.over(llm.sampling)
         self._sampling = settings.sampling.over(below).over(role.sampling)
