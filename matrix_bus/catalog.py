@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from .agent import Large, Workflow
-from .bus import STREAM_NOT_FOUND, Bus, Stored
+from .bus import STREAM_NOT_FOUND, Bus, Stored, create_stream
 from .errors import BusError, ConfigError, NobodyListens, PublishRefused, RowError, RunError
 from .orchestrator import is_token
 from .telemetry import logger
@@ -23,8 +23,6 @@ from .telemetry import logger
 BUCKET = "mb_workflows"
 STREAM = f"KV_{BUCKET}"
 SCHEMA = 1
-_MADE_OTHERWISE = 10058
-"""JetStream's err_code for a stream that is there with other settings: an operator's, and good enough."""
 
 log = logger("catalog")
 
@@ -135,24 +133,24 @@ def _large(kind: type) -> dict[str, Any]:
     raise NotImplementedError
 
 
-async def prepare(bus: Bus) -> None:
-    """Creates the bucket, if it is not there yet."""
-    settings = {
-        "name": STREAM,
-        "subjects": [_key(">")],
-        "retention": "limits",
-        "max_msgs_per_subject": 1,
-        "discard": "new",
-        "allow_rollup_hdrs": True,
-        "deny_delete": True,
-        "allow_direct": True,
-        "storage": "file",
-    }
-    try:
-        await bus.api(f"STREAM.CREATE.{STREAM}", settings)
-    except PublishRefused as error:
-        if error.code != _MADE_OTHERWISE:
-            raise
+async def prepare(bus: Bus, replicas: int = 1) -> None:
+    """Creates the bucket, if it is not there yet, on so many servers of a cluster."""
+    await create_stream(
+        bus,
+        {
+            "name": STREAM,
+            "subjects": [_key(">")],
+            "retention": "limits",
+            "max_msgs_per_subject": 1,
+            "discard": "new",
+            "allow_rollup_hdrs": True,
+            "deny_delete": True,
+            "allow_direct": True,
+            "storage": "file",
+            "num_replicas": replicas,
+        },
+        shared=True,
+    )
 
 
 async def announce(bus: Bus, info: WorkflowInfo, *, replace: bool = True) -> bool:

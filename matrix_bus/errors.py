@@ -82,6 +82,7 @@ class PublishRefused(BusError):
         super().__init__(f"the broker refused {subject}: {description} (code {code})")
         self.subject = subject
         self.code = code
+        self.description = description
 
 
 # --- models -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from msgspec import Struct
 from nats.aio.msg import Msg
 
 from . import catalog, payload
-from .bus import STREAM_NOT_FOUND, Bus, Stored, is_lost_race
+from .bus import STREAM_NOT_FOUND, Bus, Stored, create_stream, is_lost_race
 from .config import RunConfig
 from .errors import BusError, NobodyListens, PublishRefused, RunError
 from .orchestrator import LEASE_ROLE, SCHEMA, is_token, outcome_stream, work_stream
@@ -89,9 +89,9 @@ def _key(run: str) -> str:
 
 async def prepare(bus: Bus, replicas: int = 1) -> None:
     """Creates what all runs share, if it is not there yet, on so many servers of a cluster."""
-    await catalog.prepare(bus)
-    await bus.api(
-        f"STREAM.CREATE.{_KEYS}",
+    await catalog.prepare(bus, replicas)
+    await create_stream(
+        bus,
         {
             "name": _KEYS,
             "subjects": [_key(">")],
@@ -104,9 +104,10 @@ async def prepare(bus: Bus, replicas: int = 1) -> None:
             "storage": "file",
             "num_replicas": replicas,
         },
+        shared=True,
     )
-    await bus.api(
-        f"STREAM.CREATE.{DEAD}",
+    await create_stream(
+        bus,
         {
             "name": DEAD,
             "subjects": ["dead.>"],
@@ -115,6 +116,7 @@ async def prepare(bus: Bus, replicas: int = 1) -> None:
             "storage": "file",
             "num_replicas": replicas,
         },
+        shared=True,
     )
 
 
@@ -129,8 +131,8 @@ async def create(bus: Bus, record: RunRecord) -> None:
     if (there := await get(bus, record.id)) is not None:
         raise RunError(f"run {record.id!r} exists already (state {there.state}): choose another --run")
     replicas = record.config.broker.replicas
-    await bus.api(
-        f"STREAM.CREATE.{work_stream(record.id)}",
+    await create_stream(
+        bus,
         {
             "name": work_stream(record.id),
             "subjects": [f"q.{record.id}.>"],
@@ -142,8 +144,8 @@ async def create(bus: Bus, record: RunRecord) -> None:
             "num_replicas": replicas,
         },
     )
-    await bus.api(
-        f"STREAM.CREATE.{outcome_stream(record.id)}",
+    await create_stream(
+        bus,
         {
             "name": outcome_stream(record.id),
             "subjects": [f"out.{record.id}.>"],
@@ -156,9 +158,7 @@ async def create(bus: Bus, record: RunRecord) -> None:
             "num_replicas": replicas,
         },
     )
-    await bus.api(
-        f"STREAM.CREATE.{payload.stream_of(record.id)}", {**payload.stream_config(record.id), "num_replicas": replicas}
-    )
+    await create_stream(bus, {**payload.stream_config(record.id), "num_replicas": replicas})
     # A row whose worker dies before it has set the row off comes back soon; one that travels is asked about seldom.
     waits_s = [record.config.ack_wait_s, max(record.config.ack_wait_s, LEASE_ACK_WAIT_S)]
     await _consumer(bus, record.id, LEASE_ROLE, waits_s, record.config.max_in_flight)

@@ -27,7 +27,15 @@ from ..errors import (
     PublishRefused,
 )
 from ..telemetry import logger
-from .wire import NO_MESSAGE, PubAck, Stored, get_reply, get_sequence_reply, parse_headers, pub_reply
+from .wire import (
+    NO_MESSAGE,
+    PubAck,
+    Stored,
+    get_reply,
+    get_sequence_reply,
+    parse_headers,
+    pub_reply,
+)
 
 OLDEST_SERVER = (2, 12)
 """Batched direct get and per-subject fences with wildcards need it; what is tested is 2.15."""

@@ -13,6 +13,9 @@ from ..errors import PublishRefused
 WRONG_LAST_SEQUENCE = 10071
 NO_MESSAGE = 10037
 STREAM_NOT_FOUND = 10059
+STREAM_MADE_OTHERWISE = 10058
+TOO_FEW_SERVERS = (10074, 10005)
+"""No cluster at all; a cluster without enough servers for the copies."""
 
 
 class PubAck(Struct):

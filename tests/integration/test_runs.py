@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from matrix_bus import Next, Outcome, Row, RunConfig, dataset, registry, run, success, to
+from matrix_bus import Next, Outcome, RoleConfig, Row, RunConfig, dataset, registry, run, success, to
+from matrix_bus.broker import Broker
 from matrix_bus.bus import Bus
+from matrix_bus.config import BrokerConfig
 from matrix_bus.dataset import Rejected
-from matrix_bus.errors import RunError
+from matrix_bus.errors import BusUnsuitable, RunError
 from matrix_bus.orchestrator import (
     SCHEMA,
     outcome_stream,
@@ -21,6 +23,7 @@ from matrix_bus.orchestrator import (
 from matrix_bus.registry import RunRecord
 from tests.helpers import (
     all_outcomes,
+    connected,
     consumer,
     done,
     messages,
@@ -185,3 +188,59 @@ async def test_a_run_of_a_newer_schema_is_left_to_newer_workers(bus: Bus) -> Non
         assert await messages(bus, work_stream(record.id)) == 2, "nothing was taken"
         await registry.update(bus, record.id, schema=SCHEMA)
         assert len(await all_outcomes(bus, record)) == 2
+
+
+# --- settings of a run ------------------------------------------------------------------------------------------
+
+
+async def test_slots_of_a_role_limit_its_hops_in_flight_for_this_run_alone(bus: Bus) -> None:
+    now, most, gate = 0, {"limited": 0, "free": 0}, asyncio.Event()
+
+    async def wait(row: Row[Trip]) -> Next:
+        nonlocal now
+        kind = row.state.text
+        now += 1
+        most[kind] = max(most[kind], now)
+        await gate.wait()
+        now -= 1
+        return to("b")
+
+    flow = trip(wait)
+    limited = RunConfig(roles={"a": RoleConfig(slots=3)})
+    async with working(bus.url, flow):
+        first = await submitted(bus, flow, [b'{"text": "limited"}'] * 20, limited)
+        await until(lambda: now == 3, "three hops to be in flight")
+        await until(partial(_pulled, bus, first), "the rest to wait in the queue")
+        free = await submitted(bus, flow, [b'{"text": "free"}'] * 20)
+        await until(lambda: now == 23, "all hops of the other run to be in flight")
+        assert most["limited"] == 3
+        gate.set()
+        for record in (first, free):
+            assert len(await all_outcomes(bus, record)) == 20
+    assert most["limited"] == 3
+
+
+async def _pulled(bus: Bus, record: RunRecord) -> bool:
+    role = await consumer(bus, work_stream(record.id), "a")
+    return int(role["num_ack_pending"]) == 3 and int(role["num_pending"]) == 17
+
+
+async def test_shared_streams_may_be_an_operators_own(tmp_path: Path) -> None:
+    with Broker(tmp_path / "broker") as broker:
+        async with connected(broker.url) as bus:
+            theirs = {"name": "KV_mb_runs", "subjects": ["$KV.mb_runs.>"], "max_bytes": 1 << 30, "discard": "new"}
+            await bus.api("STREAM.CREATE.KV_mb_runs", theirs)
+            with pytest.raises(BusUnsuitable, match=r"KV_mb_runs at .* needs max_msgs_per_subject=1"):
+                await registry.prepare(bus)
+            good = {"max_msgs_per_subject": 1, "allow_rollup_hdrs": True, "deny_delete": True, "allow_direct": True}
+            await bus.api("STREAM.DELETE.KV_mb_runs")
+            await bus.api("STREAM.CREATE.KV_mb_runs", {**theirs, **good})
+            flow = trip()
+            async with working(bus.url, flow):
+                record = await submitted(bus, flow, rows(3))
+                assert len(await all_outcomes(bus, record)) == 3
+
+
+async def test_more_copies_than_servers_is_said(bus: Bus) -> None:
+    with pytest.raises(BusUnsuitable, match=r"broker\.replicas=3 needs a cluster of at least 3 JetStream servers"):
+        await submitted(bus, trip(), rows(1), RunConfig(broker=BrokerConfig(replicas=3)))

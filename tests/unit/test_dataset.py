@@ -415,3 +415,49 @@ def test_json_for_people(tmp_path: Path) -> None:
     assert json.loads(text) == {"a": [1, {"x": 2}], "ü": None}
     assert text.startswith('{\n  "a": [')
     assert text.endswith("}\n")
+
+
+# --- ids ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_id_that_was_taken(tmp_path: Path) -> None:
+    body = b'{"id":"a"}\n{"id":7}\n\n{"id":"7"}\n{"id":null}\n{"id":"a"}\n{"id":"b"}'
+    found = lines_of(tmp_path, body)
+    assert [line.id for line in found if isinstance(line, Line)] == ["a", "7", "3", "b"]
+    assert [(line.line, line.reason) for line in found if isinstance(line, Rejected)] == [
+        (4, "the id '7' was taken before, by line 2"),
+        (6, "the id 'a' was taken before, by line 1"),
+    ]
+
+
+@given(st.lists(st.text(max_size=3) | st.integers(0, 20), max_size=40))
+@settings(deadline=None)
+def test_of_equal_ids_the_first_is_taken(ids: list[str | int]) -> None:
+    intake = dataset.Intake()
+    found = [intake.take({"id": identity}) for identity in ids]
+    taken = [line.id for line in found if isinstance(line, Line)]
+    assert taken == list(dict.fromkeys(str(identity) for identity in ids))
+    assert len(found) == len(ids)
+
+
+def test_an_id_that_is_too_long(tmp_path: Path) -> None:
+    (long,) = lines_of(tmp_path, json.dumps({"id": "x" * (dataset.MAX_ID_CHARS + 1)}).encode())
+    assert isinstance(long, Rejected)
+    assert str(dataset.MAX_ID_CHARS) in long.reason
+
+
+def test_a_file_is_repeatable_as_it_is(tmp_path: Path) -> None:
+    path = written(tmp_path, b'{"q":1}\n')
+    with dataset.repeatable(path, twice=True) as again:
+        assert again == path
+
+
+def test_stdin_is_kept_only_to_be_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with dataset.repeatable("-", twice=False) as again:
+        assert again == "-"
+    given_there = written(tmp_path, b'{"q":1}\n{"q":2}\n')
+    with open(given_there) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        with dataset.repeatable("-", twice=True) as again:
+            assert [len(list(read(again))) for _ in range(2)] == [2, 2]
+    assert not os.path.exists(again)
