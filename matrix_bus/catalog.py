@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from .agent import Large, Workflow
-from .bus import STREAM_NOT_FOUND, Bus, Stored, create_stream
+from .bus import STREAM_NOT_FOUND, Bus, Stored, create_bucket
 from .errors import BusError, ConfigError, NobodyListens, PublishRefused, RowError, RunError
 from .orchestrator import is_token
 from .telemetry import logger
@@ -135,22 +135,7 @@ def _large(kind: type) -> dict[str, Any]:
 
 async def prepare(bus: Bus, replicas: int = 1) -> None:
     """Creates the bucket, if it is not there yet, on so many servers of a cluster."""
-    await create_stream(
-        bus,
-        {
-            "name": STREAM,
-            "subjects": [_key(">")],
-            "retention": "limits",
-            "max_msgs_per_subject": 1,
-            "discard": "new",
-            "allow_rollup_hdrs": True,
-            "deny_delete": True,
-            "allow_direct": True,
-            "storage": "file",
-            "num_replicas": replicas,
-        },
-        shared=True,
-    )
+    await create_bucket(bus, BUCKET, replicas)
 
 
 async def announce(bus: Bus, info: WorkflowInfo, *, replace: bool = True) -> bool:

@@ -17,7 +17,7 @@ from msgspec import Struct
 from nats.aio.msg import Msg
 
 from . import catalog, payload
-from .bus import STREAM_NOT_FOUND, Bus, Stored, create_stream, is_lost_race
+from .bus import STREAM_NOT_FOUND, Bus, Stored, create_bucket, create_stream, is_lost_race
 from .config import RunConfig
 from .errors import BusError, NobodyListens, PublishRefused, RunError
 from .orchestrator import LEASE_ROLE, SCHEMA, is_token, outcome_stream, work_stream
@@ -90,22 +90,7 @@ def _key(run: str) -> str:
 async def prepare(bus: Bus, replicas: int = 1) -> None:
     """Creates what all runs share, if it is not there yet, on so many servers of a cluster."""
     await catalog.prepare(bus, replicas)
-    await create_stream(
-        bus,
-        {
-            "name": _KEYS,
-            "subjects": [_key(">")],
-            "retention": "limits",
-            "max_msgs_per_subject": 1,
-            "discard": "new",
-            "allow_rollup_hdrs": True,
-            "deny_delete": True,
-            "allow_direct": True,
-            "storage": "file",
-            "num_replicas": replicas,
-        },
-        shared=True,
-    )
+    await create_bucket(bus, BUCKET, replicas)
     await create_stream(
         bus,
         {

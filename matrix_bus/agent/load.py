@@ -34,8 +34,9 @@ def load_workflow(spec: str) -> Workflow[Any]:
         found = _workflow_in(module, attribute, str(path))
         found.spec = str(path.resolve()) + (f":{attribute}" if attribute else "")
     else:
+        if ":" in spec:
+            _make_importable(Path())
         name, _, attribute = (spec if ":" in spec else _entry_point(spec)).partition(":")
-        _make_importable(Path())
         module = _import(name, spec)
         found = _workflow_in(module, attribute, name)
         found.spec = spec

@@ -31,6 +31,8 @@ class Role:
         process: bool,
         declared: Sequence[str] | None = None,
     ) -> None:
+        if not inspect.isfunction(handler):
+            raise WorkflowError(f"role {name!r}: the handler must be a function, not {type(handler).__name__}")
         if not is_token(name) or name == LEASE_ROLE:
             raise WorkflowError(f"role name {name!r} must be 1 to 64 of A-Z a-z 0-9 _ -, and not {LEASE_ROLE!r}")
         self.name = name
@@ -38,8 +40,6 @@ class Role:
         self.model = model
         self.sampling = sampling
         self._declared = None if declared is None else tuple(declared)
-        if not inspect.isfunction(handler):
-            raise WorkflowError(f"role {name!r}: the handler must be a function, not {type(handler).__name__}")
         is_async = inspect.iscoroutinefunction(handler)
         if process and is_async:
             raise WorkflowError(f"role {name!r}: a process handler must be a plain def, not async def")

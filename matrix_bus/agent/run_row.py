@@ -22,6 +22,7 @@ from ..orchestrator import (
     Usage,
     admit,
     advance,
+    clean,
     decode,
     encode,
     finish,
@@ -90,7 +91,9 @@ async def run_row(
             except Exception as error:
                 if not is_transient(error) or message.attempt >= max_attempts:
                     raise
-                what = ErrorRecord(type(error).__name__, str(error), message.role, message.hop, message.attempt, now)
+                what = ErrorRecord(
+                    type(error).__name__, clean(str(error)), message.role, message.hop, message.attempt, now
+                )
                 message = retry(message, what, 0.0)
                 continue
             if not isinstance(decision, Next):

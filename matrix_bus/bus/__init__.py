@@ -6,7 +6,7 @@ All errors of the broker and of its client library are translated here, at one e
 from .connection import Bus, without_password
 from .patience import FIRST_WAIT_S, TRY_AGAIN, patiently, pause
 from .pull import Lane
-from .streams import create_stream
+from .streams import create_bucket, create_stream
 from .wire import STREAM_NOT_FOUND, PubAck, Stored, delivery_facts, is_lost_race
 
 __all__ = (
@@ -17,6 +17,7 @@ __all__ = (
     "Lane",
     "PubAck",
     "Stored",
+    "create_bucket",
     "create_stream",
     "delivery_facts",
     "is_lost_race",

@@ -37,3 +37,20 @@ async def create_stream(bus: Bus, config: Mapping[str, Any], *, shared: bool = F
             raise BusUnsuitable(
                 f"the stream {name} at {bus.url} was made by somebody else and needs {needed}"
             ) from None
+
+
+async def create_bucket(bus: Bus, bucket: str, replicas: int) -> None:
+    """Creates a key-value bucket of one value per key that all processes share, if it is not there yet (ADR-8)."""
+    config = {
+        "name": f"KV_{bucket}",
+        "subjects": [f"$KV.{bucket}.>"],
+        "retention": "limits",
+        "max_msgs_per_subject": 1,
+        "discard": "new",
+        "allow_rollup_hdrs": True,
+        "deny_delete": True,
+        "allow_direct": True,
+        "storage": "file",
+        "num_replicas": replicas,
+    }
+    await create_stream(bus, config, shared=True)

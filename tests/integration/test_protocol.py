@@ -14,7 +14,7 @@ from matrix_bus import Next, Row, RunConfig, registry, run, to
 from matrix_bus.broker import Broker
 from matrix_bus.bus import Bus, Lane
 from matrix_bus.config import RoleConfig
-from matrix_bus.errors import EndpointGone, PublishRefused, RateLimited
+from matrix_bus.errors import EndpointGone, PublishRefused, RateLimited, Retry
 from matrix_bus.orchestrator import (
     RowMessage,
     admit,
@@ -275,3 +275,19 @@ async def test_attempts_are_used_up_and_a_hop_has_a_time_limit(bus: Bus) -> None
         (outcome,) = await all_outcomes(bus, record)
     assert (outcome.outcome, outcome.reason, outcome.attempts) == ("failed", "timeout", 2)
     assert [e.attempt for e in outcome.errors] == [1, 2]
+
+
+async def test_a_handler_may_ask_to_be_called_again(bus: Bus) -> None:
+    async def busy(row: Row[Trip]) -> Next:
+        row.state.draw = 1.0  # of a call that fails nothing is left
+        if row.attempt < 3:
+            raise Retry("the scorer is busy", after_s=0.01)
+        row.state.draw = 0.0
+        return to("b")
+
+    flow = trip(busy)
+    async with working(bus.url, flow):
+        record = await submitted(bus, flow, rows(2))
+        for outcome in await all_outcomes(bus, record):
+            assert (outcome.kind, outcome.attempts, [e.type for e in outcome.errors]) == ("success", 4, ["Retry"] * 2)
+            assert b'"path":["a","b"]' in bytes(outcome.state)

@@ -21,7 +21,7 @@ from nats.aio.msg import Msg
 from matrix_bus.agent import Next, Outcome, Workflow, load_workflow, success
 from matrix_bus.bus import Bus, Lane, delivery_facts
 from matrix_bus.config import Sampling
-from matrix_bus.errors import BusUnavailable, EndpointGone, HandlerError, RateLimited, WorkerCrashed
+from matrix_bus.errors import BusUnavailable, EndpointGone, HandlerError, RateLimited, Retry, WorkerCrashed
 from matrix_bus.llm import LLM
 from matrix_bus.orchestrator import Orchestrator, RowMessage, admit
 from matrix_bus.worker import watchdog as watchdog_module
@@ -354,9 +354,11 @@ def test_backoff_of_a_very_late_attempt() -> None:
 
 
 @settings(deadline=None)
-@given(st.floats(0, 3600), st.integers(1, 100))
-def test_what_the_server_asks_for_is_kept(asked: float, attempt: int) -> None:
-    assert asked <= backoff_s(attempt, RateLimited("busy", asked)) <= asked * 1.25
+@given(st.floats(0, 3600), st.integers(1, 100), st.sampled_from([RateLimited, Retry]))
+def test_what_the_server_or_the_handler_asks_for_is_kept(
+    asked: float, attempt: int, kind: type[RateLimited] | type[Retry]
+) -> None:
+    assert asked <= backoff_s(attempt, kind("busy", asked)) <= asked * 1.25
 
 
 def test_a_server_cannot_put_a_row_off_for_ever() -> None:
