@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import io
 import os
@@ -160,7 +161,7 @@ def read(path: str, check: Check = lambda _: None) -> Generator[Line | Rejected,
                 if (line := intake.take_line(raw)) is not None:
                     yield line
     except (OSError, zstandard.ZstdError, EOFError) as error:
-        raise DatasetError(f"cannot read {path}: {error}") from None
+        raise _unreadable(path, error) from None
     if intake.count == 0:
         raise DatasetError(f"{path} has no rows: a dataset is one JSON object per line")
 
@@ -200,13 +201,23 @@ def _open(path: str) -> Iterator[IO[bytes]]:
     if path == "-":
         yield sys.stdin.buffer
         return
-    if Path(path).is_dir():
-        raise DatasetError(f"{path} is a folder: name a file")
     with open(path, "rb") as file:
         if path.endswith(".zst"):
             yield io.BufferedReader(_Zstd(file), 1 << 20)
         else:
             yield file
+
+
+def _unreadable(path: str, error: Exception) -> DatasetError:
+    if isinstance(error, IsADirectoryError):
+        return DatasetError(f"{path} is a folder: name a file")
+    why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    hint = ""
+    if isinstance(error, FileNotFoundError):
+        there = [file.name for file in Path(path).parent.glob("*")]
+        near = difflib.get_close_matches(Path(path).name, there, n=1)
+        hint = f"; did you mean {Path(path).with_name(near[0])}?" if near else ""
+    return DatasetError(f"cannot read {path}: {why}{hint}")
 
 
 class _Zstd(io.RawIOBase):
@@ -256,7 +267,7 @@ def fingerprint(path: str) -> str:
                 file.seek(at)
                 digest.update(file.read(1 << 20))
     except OSError as error:
-        raise DatasetError(f"cannot read {path}: {error}") from None
+        raise _unreadable(path, error) from None
     return digest.hexdigest()[:16]
 
 

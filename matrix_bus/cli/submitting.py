@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -211,16 +211,22 @@ def _refuse_rejected(path: str, job: _Job) -> None:
 
 
 async def _submit(bus: Bus, path: str, job: _Job) -> RunRecord:
-    lines = dataset.read(path, check=job.flow.begin)
-    first = next(lines)  # an unreadable file must not leave an empty run behind
     record = run.new_record(job.flow, job.config, run=job.run_id, dataset=dataset.identity(job.data))
+    await registry.prepare(bus, job.config.broker.replicas)
+    if await registry.get(bus, record.id) is not None:
+        record = await run.open_run(bus, record)
+        if record.total is not None:
+            submitting.append(record.id)
+            say(f"run {record.id} is submitted already, with {record.total} rows: going on with it")
+            return record
+    rejects = _Rejects(job.output)
+    lines = dataset.read(path, check=job.flow.begin)
+    first = _first_row(lines, rejects)  # a file without one must not leave an empty run behind
+    if first is None:
+        raise DatasetError(f"no line of {job.data} could become a row: see {rejects.path}")
     record = await run.open_run(bus, record)
     await catalog.announce(bus, catalog.describe(job.flow))
     submitting.append(record.id)
-    if record.total is not None:
-        say(f"run {record.id} is submitted already, with {record.total} rows: going on with it")
-        return record
-    rejects = _Rejects(job.output)
     line = ProgressLine()
     done = await run.submit(
         bus,
@@ -231,11 +237,16 @@ async def _submit(bus: Bus, path: str, job: _Job) -> RunRecord:
     )
     line.clear()
     rejects.tell()
-    if done.rows == 0:
-        submitting.clear()  # there is nothing that could go on
-        raise DatasetError(f"no line of {job.data} could become a row: see {rejects.path}")
     say(f"run {record.id}: {done.rows} rows submitted in {done.seconds:.1f} s")
     return record
+
+
+def _first_row(lines: Iterator[dataset.Line | dataset.Rejected], rejects: _Rejects) -> dataset.Line | None:
+    for line in lines:
+        if isinstance(line, dataset.Line):
+            return line
+        rejects.add(line)
+    return None
 
 
 async def _detach(job: _Job) -> RunRecord:
@@ -247,7 +258,7 @@ async def _submit_and_wait(job: _Job, worker: subprocess.Popen[bytes] | None = N
     async with await Bus.connect(job.url, name="matrix-bus submit") as bus:
         record = await _start(bus, job)
         tally = run.Tally(job.flow)
-        async with _status_line(bus, record, tally, worker):
+        async with _status_line(bus, record, tally, worker, job.flow.spec):
             written = await run.collect(bus, record, job.output, follow=True, tally=tally)
         say_kept(written)
         facts = {"model": _model_facts(job.flow, job.config)}
@@ -260,7 +271,7 @@ async def _submit_and_wait(job: _Job, worker: subprocess.Popen[bytes] | None = N
 
 @contextlib.asynccontextmanager
 async def _status_line(
-    bus: Bus, record: RunRecord, tally: run.Tally, worker: subprocess.Popen[bytes] | None
+    bus: Bus, record: RunRecord, tally: run.Tally, worker: subprocess.Popen[bytes] | None, spec: str
 ) -> AsyncIterator[None]:
     """Shows progress while the body runs, and says which roles nobody serves."""
     line = ProgressLine()
@@ -289,7 +300,7 @@ async def _status_line(
                 said = progress.idle_roles
                 line.clear()
                 say(f"no worker serves {', '.join(said)}: waiting for one. Start it in another terminal:")
-                say(f"  {worker_command(record, said)}")
+                say(f"  {worker_command(record, said, spec)}")
 
     showing = asyncio.create_task(keep_showing())
     try:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..agent import installed_workflows
 from ..dataset import Output
 from ..errors import DatasetError
 from ..registry import RunRecord
@@ -17,8 +18,11 @@ submitting: list[str] = []
 """The run that a Ctrl-C leaves alone, for the message that says so."""
 
 
-def worker_command(record: RunRecord, roles: list[str]) -> str:
+def worker_command(record: RunRecord, roles: list[str], spec: str = "FILE") -> str:
+    """What serves these roles; `spec` is what the workflow was loaded from, where that is known."""
     words = ["matrix-bus worker"]
+    if record.workflow not in installed_workflows():
+        words.append(f"--workflow {spec}")
     if set(roles) != set(record.roles):
         words += [f"--role {role}" for role in roles]
     return " ".join(words) + _server_option()

@@ -31,7 +31,7 @@ def test_submit_without_a_worker_says_which_roles_have_none_and_goes_on_when_one
     assert "no worker serves" in said
     for role in ("plan", "write", "judge", "close"):
         assert role in said
-    assert broker.url in said  # the command is complete
+    assert f"matrix-bus worker --workflow {shell.flow} --server {broker.url}" in said  # the command is complete
     shell.start("worker", "-w", str(shell.flow), "--server", broker.url)
     assert submitter.ends() == 0
     assert "5 in" in submitter.said

@@ -190,3 +190,18 @@ def test_a_model_that_is_not_there_is_one_message_before_anything_is_submitted(
     assert shell.run("runs", "--server", broker.url).stdout == ""
     left = [p for p in psutil.Process().children(recursive=True) if "matrix_bus" in " ".join(p.cmdline())]
     assert left == [], "nothing is left running"
+
+
+def test_a_file_of_bad_lines_leaves_no_run_behind(shell: Shell, broker: Broker) -> None:
+    (shell.directory / "bad.jsonl").write_text("no\n[1]\n")
+    done = shell.run("submit", "bad.jsonl", "-w", "walk.py", "--server", broker.url, "--run", "r")
+    assert done.returncode == 2
+    assert "no line of bad.jsonl could become a row: see out.jsonl.rejected.jsonl" in done.stderr
+    assert [line["line"] for line in lines(shell.directory / "out.jsonl.rejected.jsonl")] == [1, 2]
+    assert shell.run("runs", "--server", broker.url).stdout == ""
+    (shell.directory / "bad.jsonl").write_text('no\n{"x": 1}\n')
+    done = shell.run("submit", "bad.jsonl", "-w", "walk.py", "--server", broker.url, "--run", "r", "--detach")
+    assert done.returncode == 0, done.stderr
+    assert "1 lines rejected" in done.stderr
+    again = shell.run("submit", "bad.jsonl", "-w", "walk.py", "--server", broker.url, "--run", "r", "--detach")
+    assert "run r is submitted already, with 1 rows" in again.stderr
