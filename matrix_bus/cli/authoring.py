@@ -69,5 +69,5 @@ def new(
         f"wrote {source}, {test} and {rows}. Now try\n\n"
         f"  matrix-bus run {rows} --workflow {source}\n"
         f"  matrix-bus graph {source}\n"
-        f"  pytest {test}"
+        f"  python -m pytest {test}"
     )
