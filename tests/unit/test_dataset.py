@@ -179,7 +179,7 @@ def test_a_fingerprint_tells_size_beginning_and_end(tmp_path: Path) -> None:
 
 def test_a_fingerprint_of_nothing(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(DatasetError, match="cannot read|is a folder"):
+        with pytest.raises(DatasetError, match=r"cannot read|is a folder"):
             fingerprint(str(path))
 
 
