@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -64,12 +65,13 @@ def write_config(
     max_file_store: str | None = None,
     monitor_port: int | None = None,
     max_payload: str = "8MB",
+    cluster: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `nats.conf` into `directory` for a loopback server that stores under it; returns its path.
 
     `sync_interval` is what a power loss may cost (a killed process costs nothing); `"always"` costs most of
     the throughput. `max_file_store` unset: three quarters of the free disk. HTTP monitoring only with
-    `monitor_port`.
+    `monitor_port`. `cluster` is the block of that name, for a server that is one of several.
     """
     jetstream = {
         "store_dir": str(directory),  # the server adds /jetstream
@@ -88,6 +90,8 @@ def write_config(
         "logtime": False,
         "jetstream": jetstream,
     }
+    if cluster is not None:
+        settings["cluster"] = dict(cluster)
     if monitor_port is not None:
         settings["http"] = f"127.0.0.1:{monitor_port}"
     directory.mkdir(parents=True, exist_ok=True)
@@ -159,15 +163,20 @@ class Broker:
         sync_interval: str = "1s",
         monitor_port: int | None = None,
         max_payload: str = "8MB",
+        max_file_store: str | None = None,
+        cluster: Mapping[str, Any] | None = None,
     ) -> None:
-        """Describe the server; `port` 0 is a free one, kept over restarts."""
+        """Describe the server; `port` 0 is a free one, kept over restarts. `cluster` as in `write_config`."""
         self.directory = directory
         self.port = port
         self.log = directory / "nats.log"
         self._sync_interval = sync_interval
         self._monitor_port = monitor_port
         self._max_payload = max_payload
-        self._name = f"private-{secrets.token_hex(6)}"
+        self._max_file_store = max_file_store
+        self._cluster = cluster
+        self.name = f"private-{secrets.token_hex(6)}"
+        """What the server calls itself, also as a leader in a cluster."""
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -206,17 +215,19 @@ class Broker:
         config = write_config(
             self.directory,
             self.port,
-            server_name=self._name,
+            server_name=self.name,
             sync_interval=self._sync_interval,
             max_payload=self._max_payload,
             monitor_port=self._monitor_port,
+            max_file_store=self._max_file_store,
+            cluster=self._cluster,
         )
         with self.log.open("ab") as log:
             process = self._process = subprocess.Popen(
                 [server, "-c", config], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         while process.poll() is None:
-            if _is_server(self.url, self._name):
+            if _is_server(self.url, self.name):
                 return True
             if time.monotonic() > deadline:
                 self.kill()
@@ -254,3 +265,17 @@ class Broker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def private_cluster(directory: Path, nodes: int = 3, **settings: Any) -> list[Broker]:
+    """Brokers that form one cluster once they are started; for tests and benchmarks. Their data lies in `directory`."""
+    ports = [free_port() for _ in range(nodes)]
+    routes = [f"nats-route://127.0.0.1:{port}" for port in ports]
+    return [
+        Broker(
+            directory / f"node-{number}",
+            cluster={"name": "private", "listen": f"127.0.0.1:{port}", "routes": routes},
+            **settings,
+        )
+        for number, port in enumerate(ports)
+    ]

@@ -144,9 +144,7 @@ async def create(bus: Bus, record: RunRecord) -> None:
         },
     )
     await create_stream(bus, {**payload.stream_config(record.id), "num_replicas": replicas})
-    # A row whose worker dies before it has set the row off comes back soon; one that travels is asked about seldom.
-    waits_s = [record.config.ack_wait_s, max(record.config.ack_wait_s, LEASE_ACK_WAIT_S)]
-    await _consumer(bus, record.id, LEASE_ROLE, waits_s, record.config.max_in_flight)
+    await _consumer(bus, record.id, LEASE_ROLE, _lease_waits_s(record.config.ack_wait_s), record.config.max_in_flight)
     for role in record.roles:
         await _consumer(bus, record.id, role, [record.config.ack_wait_s], -1)
     record.created_at = record.created_at or time.time()
@@ -157,6 +155,18 @@ async def create(bus: Bus, record: RunRecord) -> None:
         if is_lost_race(error):
             raise RunError(f"run {record.id!r} was created by somebody else just now: choose another --run") from None
         raise
+
+
+def _lease_waits_s(ack_wait_s: float) -> list[float]:
+    """AckWait of row messages, delivery by delivery.
+
+    A row whose worker dies before it has set the row off comes back soon, also if that happens a second and a third
+    time; one that travels is asked about ever more seldom, since each time costs a refused publish.
+    """
+    waits_s = [ack_wait_s]
+    while waits_s[-1] < LEASE_ACK_WAIT_S:
+        waits_s.append(min(LEASE_ACK_WAIT_S, ack_wait_s * 2.0 ** (len(waits_s) - 1)))
+    return waits_s
 
 
 async def _consumer(bus: Bus, run: str, role: str, waits_s: list[float], max_ack_pending: int) -> None:

@@ -79,7 +79,7 @@ class Bus:
 
     @classmethod
     async def connect(cls, url: str, *, name: str = "matrix-bus", timeout_s: float = 5.0) -> Bus:
-        """Connects, and checks that the broker can carry runs.
+        """Connects, and checks that the broker can carry runs. `url` may be several of a cluster, with commas.
 
         Raises `BusUnavailable` if nobody answers within `timeout_s`, `BusUnsuitable` if the broker is too old or
         has no JetStream.
@@ -95,7 +95,7 @@ class Bus:
         try:
             await asyncio.wait_for(
                 client.connect(
-                    url,
+                    [server.strip() for server in url.split(",")],
                     name=name,
                     error_cb=on_error,
                     disconnected_cb=bus._on_disconnect,

@@ -17,7 +17,8 @@ Server = Annotated[
     typer.Option(
         "--server",
         envvar="MATRIX_BUS_SERVER",
-        help="Broker, as nats://host:4222. Without it: a local one, shared by your terminals, started when needed.",
+        help="Broker, as nats://host:4222, or several of a cluster with commas. Without it: a local one, shared by "
+        "your terminals, started when needed.",
     ),
 ]
 LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
