@@ -31,6 +31,11 @@ test *args:
 test-fast *args:
     {{python}} -m pytest -m "not model" {{args}}
 
+# Kill anything, at random and by the hundred: `just chaos --rows 20000 --kills 200 --seed 1` (--cluster)
+[group('check')]
+chaos *args:
+    {{python}} -m tests.chaos {{args}}
+
 # Rewrite the code in house format
 [group('develop')]
 fix:
