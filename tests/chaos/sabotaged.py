@@ -9,13 +9,13 @@ from typing import Any
 
 from matrix_bus import registry
 from matrix_bus.bus import Bus
+from matrix_bus.bus import create_stream as _create_stream
 from matrix_bus.cli import main
 from matrix_bus.worker.delivery import Delivery
 from matrix_bus.worker.moves import Moves
 
 _publish = Bus.publish
 _outcome = Moves.outcome
-_create_stream = registry.create_stream
 
 
 def _without_conditions(begin: str) -> None:
