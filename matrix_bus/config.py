@@ -59,6 +59,10 @@ class ModelConfig(Sampling, frozen=True, kw_only=True):
     """`direct` for vLLM, SGLang, llama.cpp; `sdk` (the openai package) for hosted providers."""
     api_key_env: str = ""
     """Name of the environment variable that holds the key, looked up in the worker. Never the key itself."""
+    prompt_price: Annotated[float, Meta(ge=0)] = 0.0
+    """Of a million prompt tokens, for `limits.cost`."""
+    completion_price: Annotated[float, Meta(ge=0)] = 0.0
+    """Of a million completion tokens."""
     concurrency: Positive = 64
     """Calls in flight per endpoint and worker process; the rest wait in line without their timeout running."""
     timeout_s: Seconds = 600.0
@@ -133,6 +137,25 @@ class IoConfig(_Group, frozen=True, kw_only=True):
     """A row whose message would be larger has its large parts put into the run's object store."""
 
 
+class LimitsConfig(_Group, frozen=True, kw_only=True):
+    """When a row, or the whole run, has gone on for long enough. A row that reaches a limit ends as failed: `limit`."""
+
+    row_s: Seconds | None = None
+    """Seconds from a row's admission to its end, waiting included."""
+    hops: Positive | None = None
+    """Handler deliveries of a row."""
+    tokens: Positive | None = None
+    """Prompt and completion tokens of a row's model calls."""
+    cost: Annotated[float, Meta(gt=0)] | None = None
+    """Of a row's model calls, in the currency of `llm.prompt_price` and `llm.completion_price`."""
+    crashes: Annotated[int, Meta(ge=2)] = 4
+    """A hop that so many workers died of, while they executed it, ends its row as failed."""
+    failed_share: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    """The run is paused when so many of the last outcomes failed; 1 pauses only when all of them did."""
+    failed_window: Annotated[int, Meta(ge=0)] = 200
+    """How many of the last outcomes that looks at; 0: never pause."""
+
+
 class RunConfig(_Group, frozen=True, kw_only=True):
     """Everything that a worker must know about a run, as stored with it."""
 
@@ -143,8 +166,11 @@ class RunConfig(_Group, frozen=True, kw_only=True):
     broker: BrokerConfig = BrokerConfig()
     sandbox: SandboxConfig = SandboxConfig()
     io: IoConfig = IoConfig()
+    limits: LimitsConfig = LimitsConfig()
     max_in_flight: Annotated[int, Meta(ge=1, le=1_000_000)] = 10_000
     """Rows of the run that may be under way at once; the broker enforces it."""
+    weight: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    """The run's share of workers that serve several: one of weight 2 gets twice the slots of one of weight 1."""
     trials: Positive = 1
     """How often each line is run, each with a seed of its own."""
     seed: int = 0

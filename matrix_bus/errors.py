@@ -143,6 +143,10 @@ class RowError(MatrixBusError):
     """The row itself cannot go on: its input does not fit the workflow, or its message is not readable."""
 
 
+class LimitReached(MatrixBusError):
+    """The row has gone on for as long as the run's `limits` allow."""
+
+
 class HandlerError(MatrixBusError):
     """A role's handler broke the contract: wrong return type, unknown next role."""
 

@@ -37,6 +37,15 @@ log = logger("registry")
 RunState = Literal["active", "paused", "cancelled", "deleted"]
 
 
+class Changed(Struct, kw_only=True, omit_defaults=True):
+    """What was changed of a run's settings while it goes on; what is not set is as submitted."""
+
+    max_in_flight: int | None = None
+    slots: dict[str, int] = {}
+    """By role."""
+    weight: float | None = None
+
+
 class RunRecord(Struct, kw_only=True):
     """What is known of a run beside its messages; the value of its key, as JSON."""
 
@@ -53,8 +62,31 @@ class RunRecord(Struct, kw_only=True):
     total: int | None = None
     """Rows of the run, once it is sealed; before that None."""
     versions: dict[str, str] = {}
+    total_before: int | None = None
+    """What the total is again once the failed rows are sent again that are being sent."""
+    retried: bool = False
+    """True if rows were sent again: outcomes outnumber rows then."""
+    why: str = ""
+    """Why it is paused."""
+    watch_from: int = 0
+    """The stop rule looks at outcomes after this one, by the sequence of the outcome stream."""
+    changed: Changed = msgspec.field(default_factory=Changed)
     schema: int = SCHEMA
     """Of the run's messages: every worker writes this one, and one that cannot leaves the run to others."""
+
+    @property
+    def weight(self) -> float:
+        """The run's share of what workers share among runs."""
+        return self.config.weight if self.changed.weight is None else self.changed.weight
+
+    @property
+    def max_in_flight(self) -> int:
+        """Rows that may be under way at once."""
+        return self.changed.max_in_flight or self.config.max_in_flight
+
+    def slots(self, role: str) -> int | None:
+        """Hops of the role in flight per worker process, for this run alone; None: what the worker has for all."""
+        return self.changed.slots.get(role) or self.config.role(role).slots
 
 
 class Progress(Struct):
@@ -69,10 +101,14 @@ class Progress(Struct):
     """Rows in the queue and not admitted yet."""
     idle_roles: list[str]
     """Roles that no worker pulls for at this moment."""
+    retried: bool = False
+    """True if rows were sent again: `outcomes` counts the old ones too."""
 
     @property
     def done(self) -> bool:
-        return self.total is not None and self.outcomes >= self.total
+        if self.total is None or self.outcomes < self.total:
+            return False
+        return not self.retried or self.in_flight + self.waiting == 0
 
 
 _decode = msgspec.json.Decoder(RunRecord)
@@ -144,7 +180,7 @@ async def create(bus: Bus, record: RunRecord) -> None:
         },
     )
     await create_stream(bus, {**payload.stream_config(record.id), "num_replicas": replicas})
-    await _consumer(bus, record.id, LEASE_ROLE, _lease_waits_s(record.config.ack_wait_s), record.config.max_in_flight)
+    await admit_at_most(bus, record)
     for role in record.roles:
         await _consumer(bus, record.id, role, [record.config.ack_wait_s], -1)
     record.created_at = record.created_at or time.time()
@@ -155,6 +191,11 @@ async def create(bus: Bus, record: RunRecord) -> None:
         if is_lost_race(error):
             raise RunError(f"run {record.id!r} was created by somebody else just now: choose another --run") from None
         raise
+
+
+async def admit_at_most(bus: Bus, record: RunRecord) -> None:
+    """Makes the broker keep to the record's `max_in_flight`; rows that are under way go on."""
+    await _consumer(bus, record.id, LEASE_ROLE, _lease_waits_s(record.config.ack_wait_s), record.max_in_flight)
 
 
 def _lease_waits_s(ack_wait_s: float) -> list[float]:
@@ -232,13 +273,19 @@ def _readable(message: Stored, said: set[str]) -> RunRecord | None:
         return None
 
 
-async def update(bus: Bus, run: str, **changes: Any) -> RunRecord:
-    """Changes fields of the record, on top of whatever anybody else changed meanwhile."""
+async def update(bus: Bus, run: str, *, when: RunState | None = None, **changes: Any) -> RunRecord:
+    """Changes fields of the record, on top of whatever anybody else changed meanwhile.
+
+    With `when` only in that state; returns the record as it is then.
+    """
     while True:
         stored = await bus.last(_KEYS, _key(run))
         if stored is None:
             raise RunError(f"no run {run!r} on this broker")
-        record = msgspec.structs.replace(_decode.decode(stored.data), **changes)
+        record = _decode.decode(stored.data)
+        if when is not None and record.state != when:
+            return record
+        record = msgspec.structs.replace(record, **changes)
         try:
             fence = {"Nats-Expected-Last-Subject-Sequence": str(stored.seq)}
             await bus.publish(_key(run), msgspec.json.encode(record), fence)
@@ -250,7 +297,7 @@ async def update(bus: Bus, run: str, **changes: Any) -> RunRecord:
 
 
 async def watch(bus: Bus) -> AsyncIterator[list[RunRecord]]:
-    """The active runs: now, after each change, after each reconnect, and every few seconds in any case.
+    """The runs that are active or paused: now, after each change and reconnect, and every few seconds in any case.
 
     A change of a key passes by as an ordinary message; it only says that it is time to look.
     """
@@ -267,7 +314,7 @@ async def watch(bus: Bus) -> AsyncIterator[list[RunRecord]]:
         while True:
             changed.clear()
             try:
-                yield [record for record in await runs(bus, said) if record.state == "active"]
+                yield [record for record in await runs(bus, said) if record.state in ("active", "paused")]
             except BusError as error:
                 log.debug("registry.unreadable", error=str(error))
                 await bus.wait_connected()
@@ -285,7 +332,8 @@ async def watch(bus: Bus) -> AsyncIterator[list[RunRecord]]:
 async def progress(bus: Bus, record: RunRecord) -> Progress:
     """Counts of the run, from the broker."""
     outcomes = await bus.api(f"STREAM.INFO.{outcome_stream(record.id)}")
-    counts = Progress(record.total, outcomes["state"]["messages"], in_flight=0, waiting=0, idle_roles=[])
+    stored = outcomes["state"]["messages"]
+    counts = Progress(record.total, stored, in_flight=0, waiting=0, idle_roles=[], retried=record.retried)
     try:
         lease = await bus.api(f"CONSUMER.INFO.{work_stream(record.id)}.{LEASE_ROLE}")
         counts.in_flight, counts.waiting = lease["num_ack_pending"], lease["num_pending"]

@@ -97,7 +97,8 @@ async def _print_status(bus: Bus, record: RunRecord) -> None:
     progress = await registry.progress(bus, record)
     total = "not sealed yet" if progress.total is None else f"of {progress.total}"
     state = "complete" if progress.done else record.state
-    print(f"{record.id}  {state}  {record.workflow}")
+    why = f" ({record.why})" if record.state == "paused" and record.why else ""
+    print(f"{record.id}  {state}{why}  {record.workflow}")
     print(f"  outcomes {progress.outcomes} {total} · in flight {progress.in_flight} · waiting {progress.waiting}")
     if progress.idle_roles and not progress.done:
         command = worker_command(record, progress.idle_roles)

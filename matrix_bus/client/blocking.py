@@ -170,6 +170,18 @@ class BlockingRun:
         """As `Run.wait`."""
         return self._loop.call(self._run.wait())
 
+    def pause(self) -> None:
+        """As `Run.pause`."""
+        self._loop.call(self._run.pause())
+
+    def resume(self) -> None:
+        """As `Run.resume`."""
+        self._loop.call(self._run.resume())
+
+    def retry_failed(self, *, reason: str = "") -> int:
+        """As `Run.retry_failed`."""
+        return self._loop.call(self._run.retry_failed(reason=reason))
+
     def cancel(self) -> int:
         """As `Run.cancel`."""
         return self._loop.call(self._run.cancel())

@@ -82,6 +82,21 @@ class Run:
             wait_s = min(_LONGEST_POLL_S, wait_s * 1.5)
         return status
 
+    async def pause(self) -> None:
+        """Holds the run up: workers start nothing more of it until `resume`. Raises `RunError` if it has ended."""
+        await control.pause(self._bus, self.id)
+
+    async def resume(self) -> None:
+        """Lets a paused run go on. Raises `RunError` if it has ended."""
+        await control.resume(self._bus, self.id)
+
+    async def retry_failed(self, *, reason: str = "") -> int:
+        """Sends its failed rows again, or those with this reason; returns how many.
+
+        `outcomes` gives the new ones too: an outcome of a higher `generation` takes the place of a row's earlier ones.
+        """
+        return await control.retry_failed(self._bus, self.id, reason=reason)
+
     async def cancel(self) -> int:
         """Ends the run now: rows without an outcome get `filtered: cancelled`. Returns how many those were.
 

@@ -9,6 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from ..config import ModelConfig
 from ..errors import ConfigError, EndpointGone, ModelAccessDenied, ModelError, ModelNotFound, ModelRefused
 from .messages import ChatRequest, Reply, Transport
@@ -128,7 +130,7 @@ class ModelPool:
             try:
                 reply = await endpoint.transport.complete(request, self._config.timeout_s)
                 endpoint.failures, endpoint.down_until = 0, 0.0
-                return reply, flight.wait_s
+                return self._priced(reply), flight.wait_s
             except EndpointGone:
                 self._mark_down(endpoint)
                 tried |= {endpoint}
@@ -136,6 +138,14 @@ class ModelPool:
                     raise
             finally:
                 self._leave(endpoint)
+
+    def _priced(self, reply: Reply) -> Reply:
+        prompt, completion = self._config.prompt_price, self._config.completion_price
+        if not (prompt or completion):
+            return reply
+        usage = reply.usage
+        cost = (usage.prompt_tokens * prompt + usage.completion_tokens * completion) / 1e6
+        return msgspec.structs.replace(reply, usage=msgspec.structs.replace(usage, cost=cost))
 
     async def check(self) -> None:
         """Asks the endpoints what they serve. Raises the last one's `ModelError` if none serves the model."""

@@ -13,6 +13,7 @@ that means "written by an older version"; what an older reader would get wrong r
 """
 
 from .names import (
+    HEADER_CRASHES,
     HEADER_LEASE,
     LEASE_ROLE,
     bucket,
@@ -49,6 +50,7 @@ from .wire import (
 )
 
 __all__ = (
+    "HEADER_CRASHES",
     "HEADER_LEASE",
     "LEASE_ROLE",
     "REF_MARK",

@@ -52,5 +52,8 @@ def message_id(run: str, n: int, generation: int, hop: int, attempt: int = 0) ->
     return f"{run}:{n}:{generation}:{hop}:{attempt}"
 
 
+HEADER_CRASHES = "Mb-Crashes"
+"""How many workers died with the hop in them, as far as is known; left out if none."""
+
 HEADER_LEASE = "Mb-Lease"
 """Ack subject of the row message: whoever finishes the row acks it."""

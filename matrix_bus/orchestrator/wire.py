@@ -23,6 +23,8 @@ class Usage(Struct, frozen=True, omit_defaults=True):
     completion_tokens: int = 0
     cached_tokens: int = 0
     calls: int = 0
+    cost: float = 0.0
+    """By the prices in the run's settings."""
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -30,6 +32,7 @@ class Usage(Struct, frozen=True, omit_defaults=True):
             self.completion_tokens + other.completion_tokens,
             self.cached_tokens + other.cached_tokens,
             self.calls + other.calls,
+            self.cost + other.cost if other.cost else self.cost,  # a new 0.0 would be written, the default is not
         )
 
 

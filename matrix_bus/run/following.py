@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 
 from .. import registry
 from ..agent import Workflow
-from ..bus import Bus, Stored
+from ..bus import Bus, Stored, patiently
 from ..dataset import Output, write_json
 from ..errors import BusTimeout, BusUnavailable, RunError
 from ..orchestrator import (
@@ -47,6 +47,7 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
         arrived.set()
 
     stream = outcome_stream(run)
+    settled = False
     await bus.wait_connected()
     subscription = await bus.nc.subscribe(f"out.{run}.>", cb=wake)
     forget = bus.on_reconnect(wake)
@@ -56,6 +57,7 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
             try:
                 async for message in bus.read(stream, start):
                     start = message.seq + 1
+                    settled = False
                     seen += message.subject.endswith(".0")
                     yield message
                 record = await registry.get(bus, run)
@@ -66,7 +68,11 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
             if record is None or record.state == "deleted":
                 raise RunError(f"run {run!r} was deleted")
             if record.total is not None and seen >= record.total:
-                return
+                # Of rows that were sent again nobody knows how many outcomes there will be: look once more.
+                if settled or not record.retried:
+                    return
+                if settled := await _is_done(bus, record):
+                    continue
             yield None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_POLL_S):
@@ -75,6 +81,10 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
         forget()
         if not bus.nc.is_closed:
             await subscription.unsubscribe()
+
+
+async def _is_done(bus: Bus, record: RunRecord) -> bool:
+    return (await patiently(bus, lambda: registry.progress(bus, record))).done
 
 
 class Tally:
@@ -165,6 +175,8 @@ async def collect(
                     break
         if complete:
             output.finish()
+            if (await registry.require(bus, record.id)).retried:
+                output.keep_newest()
         else:
             output.flush()
     finally:

@@ -64,7 +64,7 @@ async def open_run(bus: Bus, record: RunRecord) -> RunRecord:
                 raise
         else:
             return record
-    if there.state != "active":
+    if there.state not in ("active", "paused"):
         raise RunError(f"run {record.id!r} is {there.state}: choose another --run")
     for field in ("workflow", "code_hash", "dataset", "config"):
         old, new = (tree_of(getattr(r, field)) for r in (there, record))

@@ -146,5 +146,5 @@ async def _publish_row(bus: Bus, run: str, n: int, body: bytes) -> None:
 
 async def _require_active(bus: Bus, run: str) -> None:
     record = await registry.get(bus, run)
-    if record is None or record.state != "active":
+    if record is None or record.state not in ("active", "paused"):
         raise RunError(f"run {run!r} was {record.state if record else 'deleted'} while rows were being submitted")

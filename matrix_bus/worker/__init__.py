@@ -61,6 +61,8 @@ class Worker:
         self._grace_s = grace_s
         self._slots = slots
         self._pools: dict[str, Pool] = {LEASE_ROLE: Pool(_ADMISSION_SLOTS)}
+        self._own_pools: dict[tuple[str, str], Pool] = {}
+        """Of runs that limit a role for themselves."""
         self._pump = Pump()
         self._executors = Executors(threads=min(64, slots), processes=os.cpu_count() or 1)
         self._models = Models(embedded_model)
@@ -146,9 +148,9 @@ class Worker:
                 if run not in wanted or self._sessions[run].gone:
                     await self._close(run)
             for record in records:
-                if record.id in self._sessions:
-                    self._sessions[record.id].record = record
-                elif record.id not in self._opening and self._finished.get(record.id, -1) != record.total:
+                if (session := self._sessions.get(record.id)) is not None:
+                    await self._follow(session, record)
+                elif record.state == "active" and self._is_wanted(record):
                     task = group.create_task(self._open(record), name=f"open {record.id}")
                     self._opening[record.id] = task
                     task.add_done_callback(functools.partial(self._opening.pop, record.id))
@@ -198,12 +200,30 @@ class Worker:
             self._sessions[record.id] = session
             log.info("worker.serving", run=record.id, roles=[role.name for role in served])
 
+    def _is_wanted(self, record: RunRecord) -> bool:
+        return record.id not in self._opening and self._finished.get(record.id, -1) != record.total
+
+    async def _follow(self, session: Session, record: RunRecord) -> None:
+        if (record.state, record.changed, record.total) == (
+            session.record.state,
+            session.record.changed,
+            session.record.total,
+        ):
+            return
+        pools = {role: self._pool(record, role) for role in session.roles}
+        try:
+            await session.follow(record, pools)
+        except BusError as error:
+            log.warning("worker.run_not_followed", run=record.id, error=str(error))
+
     def _pool(self, record: RunRecord, role: str) -> Pool:
         """The slots of a role: shared by all runs, or of the run's own where it limits them."""
-        slots = record.config.role(role).slots
-        if slots is not None:
-            return Pool(min(slots, self._slots))
-        return self._pools.setdefault(role, Pool(self._slots))
+        slots = record.slots(role)
+        if slots is None:
+            return self._pools.setdefault(role, Pool(self._slots))
+        pool = self._own_pools.setdefault((record.id, role), Pool(0))
+        pool.capacity = min(slots, self._slots)
+        return pool
 
     def _refuse(self, record: RunRecord, reason: str) -> None:
         if self._refused.get(record.id) != reason:
@@ -212,6 +232,8 @@ class Worker:
 
     async def _close(self, run: str) -> None:
         session = self._sessions.pop(run)
+        for role in session.roles:
+            self._own_pools.pop((run, role), None)
         with contextlib.suppress(BusError):
             await session.close(0)
         log.info("worker.left", run=run)

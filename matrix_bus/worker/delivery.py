@@ -8,6 +8,8 @@ import time
 from nats.aio.msg import Msg
 
 from ..bus import delivery_facts
+from ..orchestrator import HEADER_CRASHES
+from .pulling import Pool
 
 
 class Delivery:
@@ -18,10 +20,13 @@ class Delivery:
         "beat_at",
         "data",
         "deadline",
+        "deliveries",
         "headers",
         "hop",
         "n",
+        "noted",
         "old",
+        "pool",
         "role",
         "running",
         "seq",
@@ -31,6 +36,8 @@ class Delivery:
 
     task: asyncio.Task[None]
     """What settles it."""
+    pool: Pool
+    """The slots of which it takes one."""
 
     def __init__(self, message: Msg, old_until: int) -> None:
         _, _, self.role, n, hop = message.subject.split(".")
@@ -40,12 +47,27 @@ class Delivery:
         self.headers: dict[str, str] = message.headers or {}
         self.ack_subject = message.reply
         """Replaced when the broker delivers the same message again while it is being worked on."""
-        deliveries, self.seq = delivery_facts(message.reply)
-        self.old = deliveries > 1 or self.seq <= old_until
+        self.deliveries, self.seq = delivery_facts(message.reply)
+        self.old = self.deliveries > 1 or self.seq <= old_until
         """Somebody may have handled it before: a restarted broker forgets delivery counts, so age counts too."""
+        self.noted = int(self.headers.get(HEADER_CRASHES, "0"))
+        """Crashes of workers that were noted of this hop when it was suspected last."""
         self.running = False
         """True while the handler is at work: then this process owns the hop."""
         self.beat_at = time.monotonic()
         self.spoke = 0
         self.deadline = 0.0
         """On the monotonic clock, while a handler is at work."""
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it may be this hop that workers die of: it was with two of them, or it came back once more.
+
+        A first time says nothing, since a worker that is killed takes all its hops with it.
+        """
+        return self.deliveries > (1 if self.noted else 2)
+
+    @property
+    def crashes(self) -> int:
+        """Workers that died while they executed it, as far as is known; deliveries that only waited do not count."""
+        return (self.noted or 1) + 1 if self.suspect else self.noted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from ..errors import MatrixBusError, ModelError, RateLimited, Retry, RowError, WorkerCrashed, user_frames
+from ..errors import LimitReached, MatrixBusError, ModelError, RateLimited, Retry, RowError, WorkerCrashed, user_frames
 from ..orchestrator import ErrorRecord, Orchestrator, clean
 
 _TRACE_FRAMES = 5
@@ -34,6 +34,8 @@ def reason_of(error: Exception) -> str:
     """A short word to count failures by."""
     if isinstance(error, RowError):
         return "bad_row"
+    if isinstance(error, LimitReached):
+        return "limit"
     if isinstance(error, ModelError | WorkerCrashed):
         return type(error).__name__
     return "timeout" if isinstance(error, TimeoutError) else f"error: {type(error).__name__}"

@@ -10,13 +10,17 @@ from __future__ import annotations
 from ..bus import FIRST_WAIT_S, TRY_AGAIN, Bus, is_lost_race, patiently, pause
 from ..errors import BusError, BusTimeout, BusUnavailable, PublishRefused, RowError
 from ..orchestrator import (
+    HEADER_CRASHES,
     HEADER_LEASE,
     Orchestrator,
+    RowMessage,
+    decode_row,
     family,
     hop_subject,
     message_id,
     outcome_stream,
     outcome_subject,
+    row_subject,
     work_stream,
 )
 from ..telemetry import DEAD_LETTERS, logger
@@ -45,12 +49,23 @@ class Moves:
 
     async def is_last(self, delivery: Delivery) -> bool:
         """True if the delivery is the newest message of its row: nobody has moved the row on."""
-        last = await patiently(self._bus, lambda: self._bus.last_of(self._work, family(self._run, delivery.n)))
-        return last == delivery.seq
+        return await self.newest_of(delivery.n) == delivery.seq
+
+    async def newest_of(self, n: int) -> int:
+        """Sequence of the row's newest message in the work stream, 0 if it has none."""
+        return await patiently(self._bus, lambda: self._bus.last_of(self._work, family(self._run, n)))
 
     async def has_outcome(self, n: int, generation: int) -> bool:
         subject = outcome_subject(self._run, n, generation)
         return await patiently(self._bus, lambda: self._bus.last_of(self._outcomes, subject)) != 0
+
+    async def row(self, n: int) -> RowMessage | None:
+        """The row as submitted, while it has no outcome; None if it cannot be read."""
+        stored = await patiently(self._bus, lambda: self._bus.last(self._work, row_subject(self._run, n)))
+        try:
+            return decode_row(stored.data) if stored is not None else None
+        except RowError:
+            return None
 
     async def move(self, delivery: Delivery, message: Orchestrator, body: bytes, lease: str) -> bool:
         """Publishes the row's next message. True if it is stored, False if somebody else had moved the row on.
@@ -81,6 +96,33 @@ class Moves:
             else:
                 return True
             wait_s = await pause(self._bus, wait_s)
+
+    async def again(self, delivery: Delivery, crashes: int) -> int:
+        """Publishes the hop itself once more, as if it had never been delivered, and acks this delivery.
+
+        Returns the sequence of the new message, 0 if somebody else had moved the row on.
+
+        The new message counts its deliveries from one; `crashes` goes on counting those that ended with a worker.
+        """
+        subject = hop_subject(self._run, delivery.role, delivery.n, delivery.hop)
+        headers = {
+            "Nats-Msg-Id": f"{delivery.headers.get('Nats-Msg-Id', '')}.{delivery.seq}",
+            _EXPECT: str(delivery.seq),
+            _EXPECT_ON: family(self._run, delivery.n),
+            HEADER_LEASE: delivery.headers.get(HEADER_LEASE, ""),
+            HEADER_CRASHES: str(crashes),
+        }
+        sequence = 0
+        while not sequence:
+            try:
+                sequence = (await patiently(self._bus, lambda: self._bus.publish(subject, delivery.data, headers))).seq
+            except PublishRefused as error:
+                if not is_lost_race(error):
+                    raise
+                if not await self.is_last(delivery):
+                    break
+        await self.ack(delivery)
+        return sequence
 
     async def outcome(self, delivery: Delivery, generation: int, body: bytes, lease: str) -> bool:
         """Publishes the outcome, then frees the row's lease, then the hop. False if the row had moved on.

@@ -35,7 +35,8 @@ class Pool:
         self._first = (self._first + 1) % len(self.lanes) if self.lanes else 0
         idle = idle[self._first :] + idle[: self._first]  # where slots are few, each lane is first in its turn
         result = []
-        shares = [(lane, max(1, spare // len(active))) for lane in active]
+        weights = sum(lane.weight for lane in active)
+        shares = [(lane, max(1, int(spare * lane.weight / weights))) for lane in active]
         for lane, wanted in [*((lane, min(_IDLE_ASK, spare)) for lane in idle), *shares]:
             room = min(lane.room(wanted), free)
             if room > 0 and (room * 2 >= wanted or lane.outstanding == 0):

@@ -15,7 +15,6 @@ from ..orchestrator import Orchestrator
 from ..registry import RunRecord
 from .delivery import Delivery
 from .handlers import Caller
-from .pulling import Pool
 
 EXPIRED = -1.0
 """The deadline of a delivery whose handler was ended because its time was up."""
@@ -28,16 +27,14 @@ Handled = tuple[Next | Outcome | Exception, bytes]
 class Served:
     """Calls the handler; the row's message takes what the call cost, whether it succeeds or not."""
 
-    def __init__(
-        self, record: RunRecord, flow: Workflow[Any], name: str, pool: Pool, caller: Caller, resolve: Resolve
-    ) -> None:
+    def __init__(self, record: RunRecord, flow: Workflow[Any], name: str, caller: Caller, resolve: Resolve) -> None:
         role = flow.roles[name]
         settings = record.config.role(name)
-        self.pool = pool
         self.max_attempts = settings.max_attempts
         self.stats = telemetry.role_stats(flow.name, name)
         self._workflow = flow.name
         self._timeout_s = settings.timeout_s
+        self._row_s = record.config.limits.row_s
         self._call = caller
         self._resolve = resolve
         self._alias = record.config.alias_of(name, role.model)
@@ -66,7 +63,10 @@ class Served:
 
         started = time.monotonic()
         delivery.running = True
-        delivery.deadline = started + self._timeout_s
+        most_s = self._timeout_s
+        if self._row_s is not None:
+            most_s = min(most_s, max(0.0, message.admitted_at + self._row_s - time.time()))
+        delivery.deadline = started + most_s
         self.stats.in_flight += 1
         try:
             return await self._call(message, make_llm)

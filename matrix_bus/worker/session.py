@@ -13,8 +13,8 @@ from nats.aio.msg import Msg
 
 from .. import telemetry
 from ..agent import Next, Workflow, encode_state
-from ..bus import Bus, Lane
-from ..errors import BusError, MatrixBusError, RowError, is_transient, user_frames
+from ..bus import Bus
+from ..errors import BusError, LimitReached, MatrixBusError, RowError, WorkerCrashed, is_transient, user_frames
 from ..orchestrator import (
     HEADER_LEASE,
     LEASE_ROLE,
@@ -28,22 +28,24 @@ from ..orchestrator import (
     finish,
     hop_subject,
     retry,
-    work_stream,
 )
 from ..payload import Payloads
 from ..registry import RunRecord
+from . import limits
 from .delivery import Delivery
 from .failure import backoff_s, describe, reason_of
 from .handlers import Caller, Executors
 from .heartbeat import Wheel
+from .lanes import Lanes
 from .moves import Moves
 from .offload import Offload
+from .ownership import Ownership
 from .pulling import Pool, Pump
 from .served import EXPIRED, Resolve, Served
+from .suspects import Suspects
 
-OWNER_ANSWERS_WITHIN_S = 0.1
-_OWNER_RETURNS_WITHIN_S = 2.0
 _SWEEP_S = 0.5
+_GIVE_BACK_S = 2.0
 _EVERYTHING = 1 << 63
 
 log = telemetry.logger("worker")
@@ -70,30 +72,31 @@ class Session:
         self.touched_at = time.monotonic()
         """When something last arrived."""
         self._bus = bus
-        self._pools = pools
+        self._lanes = Lanes(bus, record.id, pools, pump, self._receive)
         self._pump = pump
         self._moves = Moves(bus, record.id)
         self._offload = Offload(bus, Payloads(bus, record.id), flow, record.config.io.offload_above_bytes)
+        self._stop_rule = limits.StopRule(bus, record.id, record.config.limits)
         self._wheel = Wheel(bus, record.config.ack_wait_s)
         self._old_until = 0
         self._epoch = -1
         self._held: dict[int, Delivery] = {}
         """By stream sequence."""
+        self._ownership = Ownership(bus, record.id, self._moves, self._held)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._closing = False
+        self._closing = self._paused = False
+        self._suspects = Suspects(self._moves)
         self._loop = asyncio.get_running_loop()
-        self._lanes: dict[str, Lane] = {}
         self._stack = beside
         self._served = {
             name: Served(
                 record,
                 flow,
                 name,
-                pool,
                 Caller(flow, flow.roles[name], available, executors, record.config.trials, self._offload.store),
                 resolve,
             )
-            for name, pool in pools.items()
+            for name in pools
             if name != LEASE_ROLE
         }
 
@@ -101,15 +104,15 @@ class Session:
         """Starts to admit and to serve. Raises `BusError`."""
         await self._note_queue_end()
         self._stack.callback(self._bus.on_reconnect(self._reconnected))
-        owners = await self._bus.nc.subscribe(self._owner_subject, cb=self._answer_owner_query)
-        self._stack.push_async_callback(owners.unsubscribe)
+        self._stack.push_async_callback(await self._ownership.listen())
         for beside in (self._wheel.turn(), self._watch_deadlines()):
             self._stack.callback(self._loop.create_task(beside, name=f"beside {self.record.id}").cancel)
-        for role, pool in self._pools.items():
-            lane = Lane(self._bus, work_stream(self.record.id), role, self._receive)
-            await lane.open()
-            self._lanes[role] = lane
-            self._pump.add(pool, lane)
+        await self._lanes.open()
+
+    @property
+    def roles(self) -> list[str]:
+        """What is served of the run, the admission of its rows included."""
+        return self._lanes.roles
 
     @property
     def holds(self) -> int:
@@ -119,16 +122,22 @@ class Session:
     @property
     def gone(self) -> bool:
         """True if the run's stream was deleted under us."""
-        return any(lane.gone for lane in self._lanes.values())
+        return self._lanes.gone
+
+    async def follow(self, record: RunRecord, pools: Mapping[str, Pool]) -> None:
+        """Takes over what was changed of the run. Paused, it starts nothing more; handlers at work go on."""
+        self._lanes.arrange(pools, record.weight)
+        self._paused = record.state == "paused"
+        if self._paused and self._lanes.is_open:
+            await self._lanes.close()
+        elif not self._paused and not self._lanes.is_open:
+            await self._lanes.open()
+        self.record = record
 
     async def close(self, grace_s: float) -> None:
         """Stops pulling at once, lets handlers finish for up to `grace_s`, hands the rest back at no cost."""
         self._closing = True
-        for role, lane in self._lanes.items():
-            self._pump.remove(self._pools[role], lane)
-        for lane in self._lanes.values():
-            with contextlib.suppress(BusError, OSError):
-                await lane.close()  # what is on its way still arrives, and is handed back in _receive
+        await self._lanes.close()  # what is on its way still arrives, and is handed back in _settle
         await asyncio.sleep(0)  # a task that is cancelled before its first step hands nothing back
         if self._tasks and grace_s > 0:
             await asyncio.wait(self._tasks, timeout=grace_s)
@@ -157,17 +166,14 @@ class Session:
     async def _settle(self, delivery: Delivery, work: Callable[[Delivery], Any]) -> None:
         """Every delivery ends here: settled by `work`, or handed back."""
         role = delivery.role
-        pool = self._pools[role]
+        pool = delivery.pool = self._lanes.pool(role)
         pool.busy += 1
-        lane = self._lanes[role]
-        if lane in pool.lanes:  # a lane that is being closed must not be asked again
-            pool.lanes[lane] = delivery.beat_at
-        self._pump.touch(pool)
+        self._lanes.heard(role, delivery.beat_at)
         if role != LEASE_ROLE:  # an expired lease costs one refused publish, a heartbeat for each would cost more
             self._wheel.add(delivery)
         telemetry.current_hop.set((self.record.id, delivery.n, delivery.hop, role))
         try:
-            if self._closing:
+            if self._closing or self._paused:
                 await self._hand_back(delivery)
             else:
                 await work(delivery)
@@ -187,8 +193,13 @@ class Session:
         # After AckWait the message may be with another worker, and a NAK would take it from there.
         wait_s = self.record.config.ack_wait_s
         if time.monotonic() - delivery.beat_at < wait_s and self._bus.connected:
-            with contextlib.suppress(BusError):
-                await self._bus.nak(delivery.ack_subject)
+            with contextlib.suppress(BusError, TimeoutError):
+                # Given back as new where one delivery more would make it suspect: shutting down costs nothing.
+                if delivery.running and (delivery.deliveries > 1 or delivery.noted):
+                    async with asyncio.timeout(_GIVE_BACK_S):
+                        await self._moves.again(delivery, delivery.noted)
+                else:
+                    await self._bus.nak(delivery.ack_subject)
 
     # --- rows ---------------------------------------------------------------------------------------------------
 
@@ -225,14 +236,21 @@ class Session:
             await self._bury(delivery, error)
             return
         lease = delivery.headers.get(HEADER_LEASE, "")
-        if delivery.old and not await self._is_ours(delivery, message, lease):
+        if delivery.old and not await self._ownership.needs_handler(delivery, message.generation, lease):
+            return
+        if delivery.suspect:
+            await self._after_crashes(delivery, message, lease)
             return
         served = self._served[delivery.role]
         if message.not_before:
-            await self._wait_until(message.not_before, served.pool)
+            await self._wait_until(message.not_before, delivery.pool)
+            if self._paused:
+                await self._hand_back(delivery)
+                return
         try:
+            limits.check(message, self.record.config.limits, time.time())
             await self._offload.unpack(message, self.flow.roles[delivery.role])
-        except RowError as error:
+        except (RowError, LimitReached) as error:
             await self._fail(delivery, message, error, lease)
             return
         result, message.state = await served.handle(delivery, message)
@@ -243,6 +261,22 @@ class Session:
             await self._forward(delivery, message, advance(message, result.role), lease, "advance")
         else:
             await self._finish(delivery, message, result.kind, result.reason, lease)
+
+    async def _after_crashes(self, delivery: Delivery, message: Orchestrator, lease: str) -> None:
+        """Two workers died with the hop in them, or more: that is noted where it lasts before it is executed again."""
+        if delivery.crashes >= self.record.config.limits.crashes:
+            error = WorkerCrashed(
+                f"{delivery.crashes} workers died while they executed this hop of role {message.role!r}: does its "
+                "handler use up the memory, or crash the interpreter?"
+            )
+            await self._fail(delivery, message, error, lease)
+            return
+        delivery.pool.busy -= 1
+        self._pump.touch(delivery.pool)
+        try:
+            await self._suspects.send_on(delivery)
+        finally:
+            delivery.pool.busy += 1
 
     async def _forward(
         self, delivery: Delivery, message: Orchestrator, following: Orchestrator, lease: str, how: str
@@ -255,38 +289,6 @@ class Session:
             return
         await self._moves.ack(delivery)
         self._served[delivery.role].stats.settled[how] += 1
-
-    async def _is_ours(self, delivery: Delivery, message: Orchestrator, lease: str) -> bool:
-        """Whether a delivery that may have been handled before still needs a handler. If not, it is settled."""
-        if not await self._moves.is_last(delivery):
-            await self._moves.ack(delivery)
-            return False
-        if await self._moves.has_outcome(message.n, message.generation):
-            await self._moves.free(delivery, lease)
-            return False
-        while True:
-            asked_at = time.monotonic()
-            if await self._has_owner(delivery):
-                return False
-            # After an outage the owner may come back a moment later than we do.
-            if asked_at - self._bus.reconnected_at > _OWNER_RETURNS_WITHIN_S:
-                break
-            await asyncio.sleep(OWNER_ANSWERS_WITHIN_S)
-        # An owner that moved the row on between our look-up and our question has nothing left to answer for.
-        if await self._moves.is_last(delivery):
-            return True
-        await self._moves.ack(delivery)
-        return False
-
-    async def _has_owner(self, delivery: Delivery) -> bool:
-        """True if a living worker has the hop: it has taken over the new ack subject."""
-        query = msgspec.json.encode({"seq": delivery.seq, "ack": delivery.ack_subject})
-        try:
-            async with asyncio.timeout(OWNER_ANSWERS_WITHIN_S):
-                await self._bus.call(self._owner_subject, query)
-        except (TimeoutError, BusError):
-            return False
-        return True
 
     async def _after_error(self, delivery: Delivery, message: Orchestrator, error: Exception, lease: str) -> None:
         served = self._served[message.role]
@@ -311,6 +313,10 @@ class Session:
         )
         if await self._moves.outcome(delivery, message.generation, body, lease):
             telemetry.OUTCOMES.labels(self.flow.name, kind).inc()
+            if self._stop_rule.suspects(kind == "failed"):
+                task = self._loop.create_task(self._stop_rule.check())
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
         if delivery.role != LEASE_ROLE:
             self._served[delivery.role].stats.settled["outcome"] += 1
 
@@ -319,7 +325,7 @@ class Session:
         subject = hop_subject(self.record.id, delivery.role, delivery.n, delivery.hop)
         await self._moves.dead_letter(delivery, subject, str(error))
         generation = _generation(delivery.headers)
-        row = RowMessage(
+        row = await self._moves.row(delivery.n) or RowMessage(
             input=msgspec.Raw(b"null"), id=str(delivery.n), seed=0, submitted_at=0.0, generation=generation
         )
         message = admit(row, self.record.id, delivery.n, delivery.role, b"", time.time())
@@ -347,19 +353,7 @@ class Session:
                     delivery.deadline = EXPIRED
                     delivery.task.cancel()
 
-    # --- who executes what --------------------------------------------------------------------------------------
-
-    @property
-    def _owner_subject(self) -> str:
-        return f"own.{self.record.id}"
-
-    async def _answer_owner_query(self, message: Msg) -> None:
-        query = msgspec.json.decode(message.data)
-        held = self._held.get(query["seq"])
-        if held is not None and held.running:
-            held.ack_subject = query["ack"]
-            held.beat_at = time.monotonic()
-            await self._bus.send(message.reply, b"mine")
+    # --- after an outage ------------------------------------------------------------------------------------------
 
     async def _reconnected(self) -> None:
         """A restarted broker forgets delivery counts: all that is in the queue now may have been handled before."""

@@ -113,7 +113,7 @@ def test_any_bytes_become_lines(body: bytes) -> None:
 
 
 def test_a_line_that_is_too_long_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "MAX_LINE_BYTES", 64)
+    monkeypatch.setattr("matrix_bus.dataset.reading.MAX_LINE_BYTES", 64)
     for size in (64, 65, 128, 129, 1000):
         head, long, tail = lines_of(tmp_path, b'{"q":1}\n{"q":"' + b"x" * (size - 8) + b'"}\n{"q":2}\n')
         assert isinstance(long, Rejected)

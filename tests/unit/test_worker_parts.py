@@ -42,8 +42,9 @@ IDLE_ASK = 8
 class FakeLane:
     """What a pool sees of a lane: how much was asked for and has not come."""
 
-    def __init__(self, outstanding: int = 0, open_: bool = True) -> None:
+    def __init__(self, outstanding: int = 0, open_: bool = True, weight: float = 1.0) -> None:
         self.outstanding = outstanding
+        self.weight = weight
         self.asked = asyncio.Event()
         self._open = open_
 
@@ -76,6 +77,11 @@ def test_active_lanes_share_alike() -> None:
 def test_silent_lanes_ask_for_few_so_that_one_that_wakes_up_finds_slots() -> None:
     lanes = [FakeLane() for _ in range(4)]
     assert asks(pool(100, *((lane, SILENT) for lane in lanes))) == dict.fromkeys(lanes, IDLE_ASK)
+
+
+def test_active_lanes_share_by_weight() -> None:
+    light, heavy = FakeLane(), FakeLane(weight=3.0)
+    assert asks(pool(100, (light, NOW), (heavy, NOW))) == {light: 25, heavy: 75}
 
 
 def test_a_silent_lane_keeps_few_slots_from_those_that_have_work() -> None:

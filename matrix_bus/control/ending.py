@@ -10,10 +10,10 @@ import time
 
 from msgspec import Raw
 
-from . import registry
-from .bus import STREAM_NOT_FOUND, Bus, Stored, is_lost_race, patiently
-from .errors import PublishRefused, RowError, RunError
-from .orchestrator import (
+from .. import registry
+from ..bus import STREAM_NOT_FOUND, Bus, Stored, is_lost_race, patiently
+from ..errors import PublishRefused, RowError, RunError
+from ..orchestrator import (
     LEASE_ROLE,
     Orchestrator,
     RowMessage,
@@ -26,8 +26,8 @@ from .orchestrator import (
     outcome_subject,
     work_stream,
 )
-from .payload import Payloads, references, stream_of
-from .registry import RunRecord
+from ..payload import Payloads, references, stream_of
+from ..registry import RunRecord
 
 _AT_ONCE = 256
 _HEADROOM_BYTES = 2048

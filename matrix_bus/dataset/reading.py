@@ -1,4 +1,4 @@
-"""Files in and out: lines of a dataset, and an output that continues where it was killed."""
+"""The lines of a dataset: numbered, checked, and rejected with their place where they cannot become rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import msgspec
 import zstandard
 from msgspec import Raw, Struct
 
-from .errors import DatasetError, RowError
+from ..errors import DatasetError, RowError
 
 MAX_LINE_BYTES = 64 << 20
 """Longer lines are rejected unread: one of them must not take the process down."""
@@ -156,7 +156,7 @@ def read(path: str, check: Check = lambda _: None) -> Generator[Line | Rejected,
     """
     intake = Intake(check)
     try:
-        with _open(path) as file:
+        with open_lines(path) as file:
             for raw in _lines(file):
                 if (line := intake.take_line(raw)) is not None:
                     yield line
@@ -197,7 +197,8 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _open(path: str) -> Iterator[IO[bytes]]:
+def open_lines(path: str) -> Iterator[IO[bytes]]:
+    """A file of lines, decompressed; `-` is stdin."""
     if path == "-":
         yield sys.stdin.buffer
         return
@@ -269,121 +270,3 @@ def fingerprint(path: str) -> str:
     except OSError as error:
         raise _unreadable(path, error) from None
     return digest.hexdigest()[:16]
-
-
-class _Mark(Struct):
-    """How far an output is surely written."""
-
-    run: str
-    next_seq: int
-    size_bytes: int
-    lines: int
-
-
-class Output:
-    """An output file under way: what it holds beyond the last `flush` is cut off and written again after a crash.
-
-    The mark beside the file (`<file>.progress`) says up to which byte it is whole, and from which message on to
-    continue; it is removed by `finish`.
-    """
-
-    def __init__(self, path: Path, run: str) -> None:
-        self.path = path
-        self._mark_path = path.with_name(path.name + ".progress")
-        self.kept: Path | None = None
-        """Where an earlier file of another run was moved to."""
-        mark = self._read_mark()
-        if path.is_dir():
-            raise DatasetError(f"{path} is a folder: name a file for the output")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            size = path.stat().st_size if path.exists() else 0
-            ours = mark is not None and mark.run == run
-            if size and not ours:
-                self.kept = _free_name(path)
-                path.rename(self.kept)
-            # A file that is shorter than its mark was replaced by somebody: begin anew.
-            self._mark = mark if mark is not None and ours and size >= mark.size_bytes else _Mark(run, 1, 0, 0)
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by finish() and close()
-            self._file.truncate(self._mark.size_bytes)
-        except OSError as error:
-            raise DatasetError(f"cannot write {path}: {error}") from None
-        self._compressor = zstandard.ZstdCompressor(level=3) if path.name.endswith(".zst") else None
-        self._buffer: list[bytes] = []
-        self._write_mark()
-
-    def _read_mark(self) -> _Mark | None:
-        try:
-            return msgspec.json.decode(self._mark_path.read_bytes(), type=_Mark)
-        except (OSError, ValueError, RecursionError):  # none, or not one of ours
-            return None
-
-    @property
-    def next_seq(self) -> int:
-        """Sequence of the first outcome that is not surely in the file."""
-        return self._mark.next_seq
-
-    @property
-    def lines(self) -> int:
-        """Lines surely in the file."""
-        return self._mark.lines
-
-    def add(self, line: bytes, seq: int) -> None:
-        """Takes the outcome with this stream sequence; written by the next `flush`."""
-        self._buffer.append(line)
-        self._mark.next_seq = seq + 1
-
-    def flush(self) -> None:
-        """Writes what was added, to the disk. Raises `DatasetError` if the disk does not take it."""
-        if not self._buffer:
-            return
-        block = b"\n".join(self._buffer) + b"\n"
-        try:
-            left = memoryview(self._compressor.compress(block) if self._compressor else block)
-            while left:
-                left = left[self._file.write(left) :]
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise DatasetError(f"cannot write {self.path}: {error}; nothing is lost, collect again") from None
-        self._mark.size_bytes = os.fstat(self._file.fileno()).st_size
-        self._mark.lines += len(self._buffer)
-        self._buffer.clear()
-        self._write_mark()
-
-    def _write_mark(self) -> None:
-        write_atomically(self._mark_path, msgspec.json.encode(self._mark))
-
-    def close(self) -> None:
-        """Leaves the file to be continued later."""
-        self._file.close()
-
-    def finish(self) -> None:
-        """The file is complete: the mark is no longer needed."""
-        self.flush()
-        self._file.close()
-        self._mark_path.unlink(missing_ok=True)
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (candidate := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    return candidate
-
-
-def write_atomically(path: Path, body: bytes) -> None:
-    """Replaces a file as a whole: a reader sees the old or the new one. Raises `DatasetError`."""
-    scratch = path.with_name(path.name + ".tmp")
-    try:
-        with open(scratch, "wb") as file:
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except OSError as error:
-        raise DatasetError(f"cannot write {path}: {error}") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON, atomically."""
-    write_atomically(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")

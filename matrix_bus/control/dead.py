@@ -1,0 +1,73 @@
+"""Dead letters: messages that no worker could read, kept with the reason until a person decides."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from msgspec import Struct
+
+from ..bus import Bus, Stored
+from ..errors import NobodyListens, RunError
+from ..registry import DEAD
+from .retrying import retry_failed
+
+
+class DeadLetter(Struct, frozen=True, kw_only=True):
+    """One message that could not be read; its row has ended as failed."""
+
+    number: int
+    """What it is called by: its sequence in the stream of dead letters."""
+    run: str
+    row: int
+    subject: str
+    """Where it came from."""
+    reason: str
+    data: bytes
+
+
+async def dead_letters(bus: Bus, run: str = "") -> AsyncIterator[DeadLetter]:
+    """All dead letters, oldest first, or those of one run."""
+    try:
+        async for message in bus.read(DEAD, subject=f"dead.{run}.*" if run else "dead.>"):
+            yield _letter(message)
+    except NobodyListens:
+        return  # no run was ever submitted here
+
+
+def _letter(message: Stored) -> DeadLetter:
+    _, run, row = message.subject.split(".")
+    return DeadLetter(
+        number=message.seq,
+        run=run,
+        row=int(row),
+        subject=message.headers.get("Mb-Subject", ""),
+        reason=message.headers.get("Mb-Reason", ""),
+        data=message.data,
+    )
+
+
+async def find(bus: Bus, number: int) -> DeadLetter:
+    """The dead letter of that number. Raises `RunError`, naming those there are."""
+    known = []
+    async for letter in dead_letters(bus):
+        if letter.number == number:
+            return letter
+        known.append(str(letter.number))
+    raise RunError(f"no dead letter {number}; there are: {', '.join(known[:20]) or 'none'}")
+
+
+async def requeue(bus: Bus, number: int) -> bool:
+    """Sends the letter's row again from its beginning, as its next generation, and drops the letter.
+
+    False if the row is not failed any more, or travels already. Raises `RunError`.
+    """
+    letter = await find(bus, number)
+    sent = await retry_failed(bus, letter.run, rows=frozenset({letter.row}))
+    await drop(bus, number)
+    return bool(sent)
+
+
+async def drop(bus: Bus, number: int) -> None:
+    """Deletes a dead letter; the row's outcome stays. Raises `RunError` if there is none of that number."""
+    await find(bus, number)
+    await bus.api(f"STREAM.MSG.DELETE.{DEAD}", {"seq": number})

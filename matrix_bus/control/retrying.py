@@ -1,0 +1,125 @@
+"""Failed rows, sent again: each as the next generation of its row, whose outcome takes the place of the old one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import msgspec
+from msgspec import Raw, Struct
+
+from .. import registry
+from ..bus import STREAM_NOT_FOUND, Bus, Stored, is_lost_race, patiently
+from ..errors import PublishRefused, RunError
+from ..orchestrator import RowMessage, encode, family, message_id, outcome_stream, row_subject, work_stream
+from ..registry import RunRecord
+
+_AT_ONCE = 256
+
+
+class _Outcome(Struct):
+    """What sending a row again needs of its last outcome."""
+
+    row: int
+    generation: int
+    id: str
+    seed: int
+    outcome: str
+    reason: str
+    input: Raw
+
+
+_decode = msgspec.json.Decoder(_Outcome)
+
+
+async def retry_failed(bus: Bus, run: str, *, reason: str = "", rows: frozenset[int] | None = None) -> int:
+    """Sends the failed rows of a run again, or those of them with this reason or these numbers; returns how many.
+
+    They begin anew with their input, their id and their seed. The old outcomes stay in the outcome stream; a
+    collector leaves them out where there is a newer one. It can be repeated after a crash. Raises `RunError` if rows
+    are still being submitted, or the run was cancelled.
+    """
+    record = await registry.require(bus, run)
+    if record.state not in ("active", "paused"):
+        raise RunError(f"run {run!r} is {record.state}: submit its failed rows as a run of their own")
+    total = record.total if record.total is not None else record.total_before
+    if total is None:
+        raise RunError(f"rows of run {run!r} are still being submitted: retry when it is sealed")
+
+    def chosen(outcome: _Outcome) -> bool:
+        return (
+            outcome.outcome == "failed"
+            and (not reason or outcome.reason == reason)
+            and (rows is None or outcome.row in rows)
+        )
+
+    newest = await _newest(bus, run, chosen)
+    if not newest and record.total is not None:
+        return 0
+    # Not sealed meanwhile: whoever follows it must not take it for complete.
+    await registry.update(bus, run, total=None, total_before=total, retried=True)
+    sent = await _send(bus, record, newest)
+    await registry.update(bus, run, total=total, total_before=None)
+    return sent
+
+
+async def _newest(bus: Bus, run: str, chosen: Callable[[_Outcome], bool]) -> dict[int, int]:
+    """By row, the sequence of its last outcome, where that is to be retried."""
+    found: dict[int, tuple[int, int]] = {}
+    async for message in bus.read(outcome_stream(run)):
+        outcome = _decode.decode(message.data)
+        if chosen(outcome):
+            if found.get(outcome.row, (-1, 0))[0] < outcome.generation:
+                found[outcome.row] = (outcome.generation, message.seq)
+        elif found.get(outcome.row, (outcome.generation, 0))[0] < outcome.generation:
+            del found[outcome.row]
+    return {row: seq for row, (_, seq) in found.items()}
+
+
+async def _send(bus: Bus, record: RunRecord, newest: dict[int, int]) -> int:
+    sequences = set(newest.values())
+    room = asyncio.Semaphore(_AT_ONCE)
+    sent = 0
+
+    async def send(message: Stored) -> None:
+        nonlocal sent
+        try:
+            put = await _send_one(bus, record, _decode.decode(message.data))
+            sent += put
+        finally:
+            room.release()
+
+    async with asyncio.TaskGroup() as group:
+        if sequences:
+            async for message in bus.read(outcome_stream(record.id), min(sequences)):
+                if message.seq in sequences:
+                    await room.acquire()
+                    group.create_task(send(message))
+    return sent
+
+
+async def _send_one(bus: Bus, record: RunRecord, outcome: _Outcome) -> bool:
+    generation = outcome.generation + 1
+    row = RowMessage(
+        input=outcome.input,
+        id=outcome.id,
+        seed=outcome.seed,
+        submitted_at=time.time(),
+        generation=generation,
+        schema=record.schema,
+    )
+    headers = {
+        "Nats-Msg-Id": message_id(record.id, outcome.row, generation, 0),
+        "Nats-Expected-Last-Subject-Sequence": "0",
+        "Nats-Expected-Last-Subject-Sequence-Subject": family(record.id, outcome.row),
+    }
+    try:
+        await patiently(bus, lambda: bus.publish(row_subject(record.id, outcome.row), encode(row), headers))
+    except PublishRefused as error:
+        if is_lost_race(error):
+            return False  # it travels already
+        if error.code == STREAM_NOT_FOUND:
+            raise RunError(f"the queue of run {record.id!r} is gone ({work_stream(record.id)})") from None
+        raise
+    return True

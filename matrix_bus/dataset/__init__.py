@@ -1,0 +1,31 @@
+"""Files in and out: lines of a dataset, and an output that continues where it was killed."""
+
+from .output import Output, write_atomically, write_json
+from .reading import (
+    MAX_ID_CHARS,
+    MAX_LINE_BYTES,
+    Check,
+    Intake,
+    Line,
+    Rejected,
+    fingerprint,
+    identity,
+    read,
+    repeatable,
+)
+
+__all__ = (
+    "MAX_ID_CHARS",
+    "MAX_LINE_BYTES",
+    "Check",
+    "Intake",
+    "Line",
+    "Output",
+    "Rejected",
+    "fingerprint",
+    "identity",
+    "read",
+    "repeatable",
+    "write_atomically",
+    "write_json",
+)
