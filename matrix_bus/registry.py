@@ -63,9 +63,11 @@ class RunRecord(Struct, kw_only=True):
     """Rows of the run, once it is sealed; before that None."""
     versions: dict[str, str] = {}
     total_before: int | None = None
-    """What the total is again once the failed rows are sent again that are being sent."""
-    retried: bool = False
-    """True if rows were sent again: outcomes outnumber rows then."""
+    """The total that it had before it was opened again, for more lines or for failed rows."""
+    lines: int = 0
+    """Lines of the dataset that are in the run for sure: what is added behind them can still be submitted."""
+    retried: int = 0
+    """How many times failed rows were sent again: outcomes outnumber rows then."""
     why: str = ""
     """Why it is paused."""
     watch_from: int = 0
@@ -101,8 +103,8 @@ class Progress(Struct):
     """Rows in the queue and not admitted yet."""
     idle_roles: list[str]
     """Roles that no worker pulls for at this moment."""
-    retried: bool = False
-    """True if rows were sent again: `outcomes` counts the old ones too."""
+    retried: int = 0
+    """How many times rows were sent again: `outcomes` counts the old ones too."""
 
     @property
     def done(self) -> bool:

@@ -211,7 +211,7 @@ def _refuse_rejected(path: str, job: _Job) -> None:
 
 
 async def _submit(bus: Bus, path: str, job: _Job) -> RunRecord:
-    record = run.new_record(job.flow, job.config, run=job.run_id, dataset=dataset.identity(job.data))
+    record = run.new_record(job.flow, job.config, run=job.run_id, source=dataset.identity(job.data))
     await registry.prepare(bus, job.config.broker.replicas)
     if await registry.get(bus, record.id) is not None:
         record = await run.open_run(bus, record)

@@ -73,7 +73,8 @@ class Client:
         `workflow` is a name that workers have announced, or the Workflow itself. `rows` is a path to a JSONL file
         (also `.zst`), an iterable or an async iterable; it is asked for more only as the broker confirms, and a
         plain iterable is pulled in one thread of its own. `run` is the id; submitting again under it, after an
-        interruption, continues it, and leaves a run that is sealed as it is. `config` is the workflow's own
+        interruption, continues it; what was added to the end of a file is added to the run, and a run that is
+        sealed is left as it is otherwise. `config` is the workflow's own
         parameters, `settings` everything else. Rows that cannot be taken are given to `on_reject` and counted in
         `Run.rejected`.
 
@@ -85,7 +86,7 @@ class Client:
         parsed = _run_config(config, settings)
         flow, check = await self._flow(workflow)
         source = await asyncio.to_thread(dataset.identity, path) if path else ""
-        record = new_record(flow, parsed, run=run, dataset=source)
+        record = new_record(flow, parsed, run=run, source=source)
         rejected = Rejections()
 
         def reject(line: Rejected) -> None:

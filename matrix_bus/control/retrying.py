@@ -58,7 +58,7 @@ async def retry_failed(bus: Bus, run: str, *, reason: str = "", rows: frozenset[
     if not newest and record.total is not None:
         return 0
     # Not sealed meanwhile: whoever follows it must not take it for complete.
-    await registry.update(bus, run, total=None, total_before=total, retried=True)
+    await registry.update(bus, run, total=None, total_before=total, retried=record.retried + 1)
     sent = await _send(bus, record, newest)
     await registry.update(bus, run, total=total, total_before=None)
     return sent

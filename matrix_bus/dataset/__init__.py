@@ -8,11 +8,10 @@ from .reading import (
     Intake,
     Line,
     Rejected,
-    fingerprint,
-    identity,
     read,
     repeatable,
 )
+from .source import difference, fingerprint, identity
 
 __all__ = (
     "MAX_ID_CHARS",
@@ -22,6 +21,7 @@ __all__ = (
     "Line",
     "Output",
     "Rejected",
+    "difference",
     "fingerprint",
     "identity",
     "read",

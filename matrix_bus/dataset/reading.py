@@ -6,9 +6,7 @@ import codecs
 import contextlib
 import dataclasses
 import difflib
-import hashlib
 import io
-import os
 import reprlib
 import shutil
 import sqlite3
@@ -161,7 +159,7 @@ def read(path: str, check: Check = lambda _: None) -> Generator[Line | Rejected,
                 if (line := intake.take_line(raw)) is not None:
                     yield line
     except (OSError, zstandard.ZstdError, EOFError) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     if intake.count == 0:
         raise DatasetError(f"{path} has no rows: a dataset is one JSON object per line")
 
@@ -209,7 +207,8 @@ def open_lines(path: str) -> Iterator[IO[bytes]]:
             yield file
 
 
-def _unreadable(path: str, error: Exception) -> DatasetError:
+def unreadable(path: str, error: Exception) -> DatasetError:
+    """What to raise for a file that could not be read."""
     if isinstance(error, IsADirectoryError):
         return DatasetError(f"{path} is a folder: name a file")
     why = (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -249,24 +248,3 @@ class _Zstd(io.RawIOBase):
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
-
-
-def identity(path: str) -> str:
-    """Path and fingerprint, so that a run is not continued with other data; `-` for stdin."""
-    return "-" if path == "-" else f"{Path(path).resolve()}#{fingerprint(path)}"
-
-
-def fingerprint(path: str) -> str:
-    """16 hex digits that change when the file's size, beginning or end does; empty for stdin."""
-    if path == "-":
-        return ""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest = hashlib.sha256(str(size).encode())
-            for at in (0, max(0, size - (1 << 20))):
-                file.seek(at)
-                digest.update(file.read(1 << 20))
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    return digest.hexdigest()[:16]

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from .. import registry
+from .. import dataset, registry
 from ..agent import Workflow
 from ..bus import Bus
 from ..catalog import WorkflowInfo
@@ -19,8 +19,8 @@ from ..errors import ConfigError, RunError
 from ..registry import RunRecord
 
 
-def new_record(flow: Workflow[Any] | WorkflowInfo, config: RunConfig, *, run: str = "", dataset: str = "") -> RunRecord:
-    """The record of a run to be. Raises `ConfigError` if the config does not fit the workflow."""
+def new_record(flow: Workflow[Any] | WorkflowInfo, config: RunConfig, *, run: str = "", source: str = "") -> RunRecord:
+    """The record of a run to be; `source` is the dataset's `identity`. Raises `ConfigError` if the config is wrong."""
     flow.parse_config(config.workflow)
     for name, role in config.roles.items():
         if name not in flow.roles:
@@ -36,7 +36,7 @@ def new_record(flow: Workflow[Any] | WorkflowInfo, config: RunConfig, *, run: st
         roles=list(flow.roles),
         start=flow.start,
         config=_without_address(config),
-        dataset=dataset,
+        dataset=source,
         versions=versions(),
     )
 
@@ -51,7 +51,8 @@ def _without_address(config: RunConfig) -> RunConfig:
 async def open_run(bus: Bus, record: RunRecord) -> RunRecord:
     """Creates the run, or finds the same one from an earlier submission to continue.
 
-    Raises `RunError`, naming the difference, if the id belongs to another run.
+    It is unsealed if its dataset has grown since. Raises `RunError`, naming the difference, if the id belongs to
+    another run.
     """
     await registry.prepare(bus, record.config.broker.replicas)
     there = await registry.get(bus, record.id)
@@ -66,12 +67,17 @@ async def open_run(bus: Bus, record: RunRecord) -> RunRecord:
             return record
     if there.state not in ("active", "paused"):
         raise RunError(f"run {record.id!r} is {there.state}: choose another --run")
-    for field in ("workflow", "code_hash", "dataset", "config"):
+    for field in ("workflow", "code_hash", "config"):
         old, new = (tree_of(getattr(r, field)) for r in (there, record))
         if old != new:
             changed = _difference(old, new)
             raise RunError(f"run {record.id!r} exists with another {field}: {changed}; choose another --run")
-    return there
+    if why := dataset.difference(there.dataset, record.dataset):
+        raise RunError(f"run {record.id!r} exists with another dataset: {why}; choose another --run")
+    if there.dataset == record.dataset:
+        return there
+    before = there.total_before if there.total is None else there.total
+    return await registry.update(bus, record.id, dataset=record.dataset, total=None, total_before=before)
 
 
 def _difference(old: Any, new: Any, at: str = "") -> str:

@@ -53,13 +53,15 @@ async def submit(
 ) -> Submitted:
     """Publishes every line `trials` times, then seals the run with its total.
 
-    A row that is in the run already is refused by its fence, so an interrupted submission is simply repeated.
-    A line is asked for only when the window has room for it. Raises `BusError` if the broker refuses, `RunError` if
-    the run is ended meanwhile, and what `lines` raises as it is.
+    Lines that the run had when it was sealed before are passed over. A row that is in the run already is refused by
+    its fence, so an interrupted submission is simply repeated. A line is asked for only when the window has room for
+    it. Raises `BusError` if the broker refuses, `RunError` if the run is ended meanwhile, and what `lines` raises as
+    it is.
     """
     started = checked_at = time.monotonic()
     trials, seed = record.config.trials, record.config.seed
-    accepted = rejected = 0
+    skipped = 0 if record.total_before is None else record.lines
+    accepted = rejected = seen = 0
     window = asyncio.Semaphore(_WINDOW)
     payloads = Payloads(bus, record.id)
 
@@ -73,7 +75,11 @@ async def submit(
         async for line in each:
             if isinstance(line, Rejected):
                 rejected += 1
+                seen += 1
                 on_reject(line)
+                continue
+            seen = line.number + 1
+            if line.number < skipped:
                 continue
             body = line.body
             if len(body) > record.config.io.offload_above_bytes:
@@ -95,8 +101,8 @@ async def submit(
             if accepted % 256 == 0:
                 on_progress(accepted * trials)
                 await asyncio.sleep(0)  # confirmations come in even where publishing never has to wait
-    rows = accepted * trials
-    await patiently(bus, lambda: registry.update(bus, record.id, total=rows))
+    rows = (record.total_before or 0) + accepted * trials
+    await patiently(bus, lambda: registry.update(bus, record.id, total=rows, total_before=None, lines=seen))
     on_progress(rows)
     return Submitted(record.id, rows, rejected, time.monotonic() - started)
 

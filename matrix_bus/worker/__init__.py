@@ -72,8 +72,8 @@ class Worker:
         """Runs whose sessions are being made: a resource may take minutes, and other runs go on meanwhile."""
         self._refused: dict[str, str] = {}
         """Why a run is not served, so that it is said once."""
-        self._finished: dict[str, int | None] = {}
-        """Runs that were complete when last looked at, with the total that they had then."""
+        self._finished: dict[str, tuple[int | None, int]] = {}
+        """Runs that were complete when last looked at, with the rows that they had then."""
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         codes: dict[CodeType, str] = {}
@@ -174,7 +174,7 @@ class Worker:
         pools = {name: self._pool(record, name) for name in [LEASE_ROLE, *(role.name for role in served)]}
         try:
             if (await registry.progress(self._bus, record)).done:
-                self._finished[record.id] = record.total
+                self._finished[record.id] = _rows_of(record)
                 return
             aliases = {record.config.alias_of(role.name, role.model) for role in served if role.wants_model}
             resolve = await self._models.resolver(record.config, aliases)
@@ -201,14 +201,11 @@ class Worker:
             log.info("worker.serving", run=record.id, roles=[role.name for role in served])
 
     def _is_wanted(self, record: RunRecord) -> bool:
-        return record.id not in self._opening and self._finished.get(record.id, -1) != record.total
+        return record.id not in self._opening and self._finished.get(record.id) != _rows_of(record)
 
     async def _follow(self, session: Session, record: RunRecord) -> None:
-        if (record.state, record.changed, record.total) == (
-            session.record.state,
-            session.record.changed,
-            session.record.total,
-        ):
+        before = session.record
+        if (record.state, record.changed, _rows_of(record)) == (before.state, before.changed, _rows_of(before)):
             return
         pools = {role: self._pool(record, role) for role in session.roles}
         try:
@@ -250,5 +247,10 @@ class Worker:
                 except BusError:
                     continue
                 if done:
-                    self._finished[run] = session.record.total
+                    self._finished[run] = _rows_of(session.record)
                     await self._close(run)
+
+
+def _rows_of(record: RunRecord) -> tuple[int | None, int]:
+    """What changes when rows are added to a run, or sent again."""
+    return record.total, record.retried

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -118,6 +119,62 @@ async def test_a_submission_is_continued_and_doubles_nothing(bus: Bus) -> None:
     assert len(await all_outcomes(bus, record)) == 10
 
 
+async def test_lines_that_were_added_to_the_file_are_added_to_the_run(bus: Bus, tmp_path: Path) -> None:
+    flow = trip()
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"x": 0}\n{"x": "bad"}\n{"x": 2}\n')
+    config, name = RunConfig(trials=2), unique("trip")
+
+    async def submit() -> tuple[RunRecord, run.Submitted]:
+        source = dataset.identity(str(data))
+        record = await run.open_run(bus, run.new_record(flow, config, run=name, source=source))
+        return record, await run.submit(bus, record, dataset.read(str(data), check=flow.begin))
+
+    async with working(bus.url, flow):
+        record, told = await submit()
+        assert (told.rows, told.rejected) == (4, 1)
+        before = await all_outcomes(bus, record)
+        data.write_text(data.read_text() + '{"x": 3}\nnot json\n{"x": 5}\n')
+        record, told = await submit()
+        assert (told.rows, told.rejected) == (8, 2)
+        after = await all_outcomes(bus, record)
+        assert [o for o in after if o.line < 3] == before, "rows that were there are not run again"
+        assert [(o.row, o.line) for o in after[4:]] == [(6, 3), (7, 3), (10, 5), (11, 5)]
+        assert await done(bus, await registry.require(bus, name))
+        data.write_text('{"x": 1}' + data.read_text()[8:])
+        with pytest.raises(RunError, match=r"another dataset: the first \d+ bytes of .* are not what they were"):
+            await submit()
+
+
+async def test_lines_are_added_also_if_the_submitter_dies_on_the_way(bus: Bus, tmp_path: Path) -> None:
+    flow = trip()
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(b"\n".join(rows(4)) + b"\n")
+    name = unique("trip")
+
+    async def opened() -> RunRecord:
+        source = dataset.identity(str(data))
+        return await run.open_run(bus, run.new_record(flow, RunConfig(), run=name, source=source))
+
+    def lines(at_most: int) -> Iterator[dataset.Line | dataset.Rejected]:
+        for line in dataset.read(str(data)):
+            if isinstance(line, dataset.Line) and line.number == at_most:
+                raise ConnectionError("dies")
+            yield line
+
+    async with working(bus.url, flow):
+        await run.submit(bus, await opened(), lines(99))
+        await all_outcomes(bus, await registry.require(bus, name))
+        data.write_bytes(b"\n".join(rows(9)) + b"\n")
+        with pytest.raises(ConnectionError):
+            await run.submit(bus, await opened(), lines(7))
+        record = await opened()
+        assert (record.total, record.total_before, record.lines) == (None, 4, 4)
+        data.write_bytes(b"\n".join(rows(10)) + b"\n")  # and grows once more before it is continued
+        assert (await run.submit(bus, await opened(), lines(99))).rows == 10
+        assert [o.row for o in await all_outcomes(bus, record)] == list(range(10))
+
+
 async def _outcomes(bus: Bus, record: RunRecord, count: int) -> bool:
     return await messages(bus, outcome_stream(record.id)) >= count
 
@@ -128,7 +185,7 @@ async def test_another_config_under_the_same_id_is_refused_with_the_difference(b
     with pytest.raises(RunError, match=r"config: .*trials was 1, now 2"):
         await run.open_run(bus, run.new_record(flow, RunConfig(trials=2), run=record.id))
     with pytest.raises(RunError, match="dataset"):
-        await run.open_run(bus, run.new_record(flow, RunConfig(), run=record.id, dataset="other.jsonl"))
+        await run.open_run(bus, run.new_record(flow, RunConfig(), run=record.id, source="other.jsonl"))
 
 
 async def test_rejected_lines_leave_holes_and_the_total_counts_what_was_accepted(bus: Bus, tmp_path: Path) -> None:

@@ -17,7 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matrix_bus import dataset
-from matrix_bus.dataset import Line, Output, Rejected, fingerprint, read, write_atomically, write_json
+from matrix_bus.dataset import (
+    Line,
+    Output,
+    Rejected,
+    difference,
+    fingerprint,
+    identity,
+    read,
+    write_atomically,
+    write_json,
+)
 from matrix_bus.errors import DatasetError
 
 COMPRESS = zstandard.ZstdCompressor().compress
@@ -170,17 +180,35 @@ def test_a_compressed_file_that_was_cut_off(tmp_path: Path, left: str) -> None:
 def test_a_fingerprint_tells_size_beginning_and_end(tmp_path: Path) -> None:
     body = bytes(3 << 20)
     bodies = [body, body + b"\0", b"\1" + body[1:], body[:-1] + b"\1", b"", b"x"]
-    found = [fingerprint(written(tmp_path, each)) for each in bodies]
+    found = [fingerprint(written(tmp_path, each), len(each)) for each in bodies]
     assert len(set(found)) == len(bodies)
     assert all(len(each) == 16 and int(each, 16) >= 0 for each in found)
-    assert fingerprint(written(tmp_path, body, "other")) == found[0]
-    assert fingerprint("-") == ""
+    assert fingerprint(written(tmp_path, body, "other"), len(body)) == found[0]
 
 
-def test_a_fingerprint_of_nothing(tmp_path: Path) -> None:
+def test_a_dataset_that_cannot_be_read_has_no_identity(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(DatasetError, match=r"cannot read|is a folder"):
-            fingerprint(str(path))
+            identity(str(path))
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, (1 << 20) - 1, (1 << 20) + 1, 3 << 20])
+def test_a_dataset_may_grow_at_its_end_alone(tmp_path: Path, size: int) -> None:
+    body = os.urandom(size)
+
+    def known(now: bytes) -> str:
+        return identity(written(tmp_path, now))
+
+    was = known(body)
+    assert difference(was, known(body)) == ""
+    assert difference(was, known(body + b"more")) == ""
+    if size:
+        assert "are not what they were" in difference(was, known(bytes([body[0] ^ 1]) + body[1:] + b"more"))
+        assert "are not what they were" in difference(was, known(bytes([body[0] ^ 1]) + body[1:]))
+        assert f"had {size} bytes, now it has {size - 1}" in difference(was, known(body[:-1]))
+    assert "now" in difference(was, identity(written(tmp_path, body, "other")))
+    assert "given by a program" in difference("", was)
+    assert difference("-", "-") == difference("", "") == ""
 
 
 # --- writing ------------------------------------------------------------------------------------------------
