@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from .bus import Bus, is_lost_race, patiently, pause
+from .bus import Bus, fence, is_lost_race, patiently, pause
 from .errors import PublishRefused, RowError
 from .llm import SEGMENT_MARK, read_segment
 from .orchestrator import REF_MARK, Ref, bucket, decode_outcome, encode, read_ref
@@ -78,7 +78,7 @@ class Payloads:
     async def put(self, body: bytes) -> Ref:
         """Stores a value, unless it is there already; returns when the broker has all of it."""
         ref = Ref.of(body)
-        if await patiently(self._bus, lambda: self._bus.last_of(self._stream, self._meta_subject(ref.sha256))):
+        if await self._has(ref.sha256):
             return ref
         nuid = secrets.token_hex(11)
         chunks = [body[at : at + CHUNK_BYTES] for at in range(0, len(body), CHUNK_BYTES)]
@@ -105,6 +105,9 @@ class Payloads:
         """The value. Raises `RowError` if the store does not have it (any more)."""
         for _ in range(_READ_TRIES):  # a follower that answers may lag behind the leader that took the value
             meta = await self._describe(ref.sha256)
+            if meta is None and await self._has(ref.sha256):
+                await pause(self._bus)
+                continue
             if meta is None or meta.deleted:
                 break
             body = await patiently(self._bus, lambda nuid=meta.nuid: self._chunks(nuid))  # type: ignore[misc]
@@ -131,13 +134,15 @@ class Payloads:
 
     async def _append(self, subject: str, body: bytes, last: int) -> int:
         """Stores a message behind the subject's `last` one, once, however often it must be sent; its sequence."""
-        headers = {"Nats-Expected-Last-Subject-Sequence": str(last)}
         try:
-            return (await patiently(self._bus, lambda: self._bus.publish(subject, body, headers))).seq
+            return (await patiently(self._bus, lambda: self._bus.publish(subject, body, fence(last)))).seq
         except PublishRefused as error:
             if not is_lost_race(error):
                 raise
-            return await patiently(self._bus, lambda: self._bus.last_of(self._stream, subject))
+            return await patiently(self._bus, lambda: self._bus.last_of(subject))
+
+    async def _has(self, name: str) -> bool:
+        return await patiently(self._bus, lambda: self._bus.last_of(self._meta_subject(name))) != 0
 
     async def _describe(self, name: str) -> _Meta | None:
         stored = await patiently(self._bus, lambda: self._bus.last(self._stream, self._meta_subject(name)))

@@ -7,7 +7,7 @@ from .connection import Bus, without_password
 from .patience import FIRST_WAIT_S, TRY_AGAIN, patiently, pause
 from .pull import Lane
 from .streams import create_bucket, create_stream
-from .wire import STREAM_NOT_FOUND, PubAck, Stored, delivery_facts, is_lost_race
+from .wire import STREAM_NOT_FOUND, PubAck, Stored, delivery_facts, fence, is_lost_race
 
 __all__ = (
     "FIRST_WAIT_S",
@@ -20,6 +20,7 @@ __all__ = (
     "create_bucket",
     "create_stream",
     "delivery_facts",
+    "fence",
     "is_lost_race",
     "patiently",
     "pause",

@@ -31,10 +31,11 @@ from .wire import (
     NO_MESSAGE,
     PubAck,
     Stored,
+    fence,
     get_reply,
-    get_sequence_reply,
     parse_headers,
     pub_reply,
+    sequence_in,
 )
 
 OLDEST_SERVER = (2, 12)
@@ -42,6 +43,8 @@ OLDEST_SERVER = (2, 12)
 
 CALL_TIMEOUT_S = 5.0
 _SWEEP_S = 0.5
+_NEVER = (1 << 63) - 1
+"""No message has this sequence."""
 
 log = logger("bus")
 
@@ -257,15 +260,20 @@ class Bus:
         headers = parse_headers(base64.b64decode(found.hdrs)) if found.hdrs else {}
         return Stored(found.subject, found.seq, headers, base64.b64decode(found.data))
 
-    async def last_of(self, stream: str, subject: str) -> int:
-        """Sequence of the stream's last message on `subject` (wildcards allowed), 0 if there is none."""
-        body = b'{"last_by_subj":"%b"}' % subject.encode()
-        reply = get_sequence_reply.decode((await self.call(f"$JS.API.STREAM.MSG.GET.{stream}", body)).data)
-        if reply.message is not None:
-            return reply.message.seq
-        if reply.error is not None and reply.error.err_code != NO_MESSAGE:
-            raise PublishRefused(stream, reply.error.err_code, reply.error.description)
-        return 0
+    async def last_of(self, subject: str, within: str = "") -> int:
+        """Sequence of the last message stored on `subject`, or on the wildcard `within` of its stream; 0 if none.
+
+        Asked with a publish that must be refused, since the refusal names the sequence: it comes from the leader that
+        has everything that was confirmed, where a cluster lets one that has just taken over answer reads before it
+        has caught up. Raises `PublishRefused`, `BusTimeout`.
+        """
+        try:
+            await self.publish(subject, b"", fence(_NEVER, within))
+        except PublishRefused as error:
+            if (found := sequence_in(error)) is not None:
+                return found
+            raise
+        raise BusError(f"the broker took a message on {subject} that it had to refuse: is it a stream's subject?")
 
     async def last_sequence(self, stream: str) -> int:
         """Sequence of the stream's newest message, 0 if it never had one."""

@@ -11,8 +11,9 @@ from ..errors import BusTimeout, BusUnavailable, PublishRefused
 from ..telemetry import logger
 from .connection import Bus
 
-# Codes after which the same bytes may be stored later: in process (10158, 10164), full (10077), no resources (10023).
-TRY_AGAIN = frozenset({10164, 10158, 10077, 10023})
+TRY_AGAIN = frozenset({10164, 10158, 10077, 10023, 10008, 10009})
+"""Codes after which the same bytes may be stored later: in process (10158, 10164), full (10077), no resources (10023),
+a cluster between two leaders (10008, 10009)."""
 FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 2.0
 
 T = TypeVar("T")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import msgspec
@@ -59,26 +60,29 @@ class GetReply(Struct):
 
 
 pub_reply = msgspec.json.Decoder(PubReply)
-
-
-class GotSequence(Struct):
-    """The same reply without what it costs to decode."""
-
-    seq: int
-
-
-class GetSequenceReply(Struct):
-    message: GotSequence | None = None
-    error: ApiError | None = None
-
-
-get_sequence_reply = msgspec.json.Decoder(GetSequenceReply)
 get_reply = msgspec.json.Decoder(GetReply)
+
+
+def fence(last: int, on: str = "") -> dict[str, str]:
+    """Headers with which a message is stored only if `last` is the sequence of its subject's last message, 0 for none.
+
+    With `on`, of the last message on that subject of the stream, wildcards allowed.
+    """
+    headers = {"Nats-Expected-Last-Subject-Sequence": str(last)}
+    if on:
+        headers["Nats-Expected-Last-Subject-Sequence-Subject"] = on
+    return headers
 
 
 def is_lost_race(error: PublishRefused) -> bool:
     """True if the fence or the guard refused: the subject has moved on since the sequence that was expected."""
     return error.code == WRONG_LAST_SEQUENCE
+
+
+def sequence_in(error: PublishRefused) -> int | None:
+    """The sequence that a refusing fence found, if it says so."""
+    found = re.search(r"wrong last sequence: (\d+)", error.description) if is_lost_race(error) else None
+    return int(found[1]) if found else None
 
 
 def delivery_facts(ack_subject: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import time
 from msgspec import Raw
 
 from .. import registry
-from ..bus import STREAM_NOT_FOUND, Bus, Stored, is_lost_race, patiently
+from ..bus import STREAM_NOT_FOUND, Bus, Stored, fence, is_lost_race, patiently
 from ..errors import PublishRefused, RowError, RunError
 from ..orchestrator import (
     LEASE_ROLE,
@@ -119,9 +119,8 @@ async def _end(bus: Bus, record: RunRecord, message: Stored) -> bool:
     outcome = finish(row, record.workflow, record.config.trials, "filtered", "cancelled", time.time())
     body = encode_fitting(outcome, bus.max_payload - _HEADROOM_BYTES)
     subject = outcome_subject(record.id, row.n, row.generation)
-    headers = {"Nats-Expected-Last-Subject-Sequence": "0"}
     try:
-        await patiently(bus, lambda: bus.publish(subject, body, headers))
+        await patiently(bus, lambda: bus.publish(subject, body, fence(0)))
     except PublishRefused as error:
         if not is_lost_race(error):
             raise

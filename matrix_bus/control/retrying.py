@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from .. import registry
-from ..bus import STREAM_NOT_FOUND, Bus, Stored, is_lost_race, patiently
+from ..bus import STREAM_NOT_FOUND, Bus, Stored, fence, is_lost_race, patiently
 from ..errors import PublishRefused, RunError
 from ..orchestrator import RowMessage, encode, family, message_id, outcome_stream, row_subject, work_stream
 from ..registry import RunRecord
@@ -111,8 +111,7 @@ async def _send_one(bus: Bus, record: RunRecord, outcome: _Outcome) -> bool:
     )
     headers = {
         "Nats-Msg-Id": message_id(record.id, outcome.row, generation, 0),
-        "Nats-Expected-Last-Subject-Sequence": "0",
-        "Nats-Expected-Last-Subject-Sequence-Subject": family(record.id, outcome.row),
+        **fence(0, family(record.id, outcome.row)),
     }
     try:
         await patiently(bus, lambda: bus.publish(row_subject(record.id, outcome.row), encode(row), headers))

@@ -111,17 +111,19 @@ class Output:
         """Leaves the file to be continued later."""
         self._file.close()
 
-    def finish(self) -> None:
-        """The file is complete: the mark is no longer needed."""
+    def finish(self, *, newest_only: bool = False) -> None:
+        """The file is complete: the mark is no longer needed.
+
+        With `newest_only` the lines of rows that were sent again, but for the last of each, are moved beside it, to
+        `<file>.superseded.jsonl`.
+        """
         self.flush()
         self._file.close()
+        if newest_only:  # killed from here on, the file is shorter than its mark, and so written anew
+            self._move_superseded()
         self._mark_path.unlink(missing_ok=True)
 
-    def keep_newest(self) -> None:
-        """Of a finished file: moves the lines of rows that were sent again, but for the last of each, beside it.
-
-        They are in `<file>.superseded.jsonl` then.
-        """
+    def _move_superseded(self) -> None:
         newest: dict[int, int] = {}
         for line in self._read_lines():
             place = _decode_place.decode(line)

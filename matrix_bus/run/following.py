@@ -65,9 +65,10 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
                 await bus.wait_connected()
                 await asyncio.sleep(0.1)
                 continue
-            if record is None or record.state == "deleted":
+            if record is not None and record.state == "deleted":
                 raise RunError(f"run {run!r} was deleted")
-            if record.total is not None and seen >= record.total:
+            # None is what a broker says that has just taken over: a record is never removed.
+            if record is not None and record.total is not None and seen >= record.total:
                 # Of rows that were sent again nobody knows how many outcomes there will be: look once more.
                 if settled or not record.retried:
                     return
@@ -174,9 +175,7 @@ async def collect(
                     complete = False
                     break
         if complete:
-            output.finish()
-            if (await registry.require(bus, record.id)).retried:
-                output.keep_newest()
+            output.finish(newest_only=(await registry.require(bus, record.id)).retried > 0)
         else:
             output.flush()
     finally:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from msgspec import Raw, Struct
 
 from .. import registry
-from ..bus import Bus, is_lost_race, patiently
+from ..bus import Bus, fence, is_lost_race, patiently
 from ..dataset import Line, Rejected
 from ..errors import NobodyListens, PublishRefused, RunError
 from ..orchestrator import (
@@ -132,8 +132,7 @@ async def _each(lines: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None
 async def _publish_row(bus: Bus, run: str, n: int, body: bytes) -> None:
     headers = {
         "Nats-Msg-Id": message_id(run, n, 0, 0),
-        "Nats-Expected-Last-Subject-Sequence": "0",
-        "Nats-Expected-Last-Subject-Sequence-Subject": family(run, n),
+        **fence(0, family(run, n)),
     }
 
     async def publish() -> None:

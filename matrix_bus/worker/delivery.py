@@ -60,6 +60,12 @@ class Delivery:
         """On the monotonic clock, while a handler is at work."""
 
     @property
+    def generation(self) -> int:
+        """Of the row, from a header: readable also where the body is not."""
+        parts = self.headers.get("Nats-Msg-Id", "").split(":")
+        return int(parts[2]) if len(parts) == 5 and parts[2].isdigit() else 0
+
+    @property
     def suspect(self) -> bool:
         """Whether it may be this hop that workers die of: it was with two of them, or it came back once more.
 

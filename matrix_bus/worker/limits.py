@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 
@@ -16,6 +17,7 @@ from ..orchestrator import ErrorRecord, Orchestrator, Usage, outcome_stream
 from ..telemetry import logger
 
 _CHECK_EVERY_S = 2.0
+_TOO_EARLY_S = 0.25
 _GLANCE = 20
 _SAID = 3
 
@@ -34,6 +36,11 @@ def check(message: Orchestrator, limits: LimitsConfig, now: float) -> None:
     ):
         if most is not None and value >= most:
             raise LimitReached(f"the row has reached limits.{name}={most:g}, with {value:.6g}")
+
+
+def seconds_left(message: Orchestrator, limits: LimitsConfig, now: float) -> float:
+    """Until the row's time is up; not below 0, and infinite where it has no limit."""
+    return math.inf if limits.row_s is None else max(0.0, message.admitted_at + limits.row_s - now)
 
 
 class _Head(Struct):
@@ -62,7 +69,7 @@ class StopRule:
         self._window = limits.failed_window
         self._share = limits.failed_share
         self._own: deque[bool] = deque(maxlen=_GLANCE)
-        self._checked_at = 0.0
+        self._next_check_at = 0.0
 
     def suspects(self, failed: bool) -> bool:
         """Takes note of an outcome; True if it is time for `check`."""
@@ -70,9 +77,9 @@ class StopRule:
         if not (failed and self._window) or sum(self._own) < self._share * len(self._own):
             return False
         now = time.monotonic()
-        if now - self._checked_at < _CHECK_EVERY_S:
+        if now < self._next_check_at:
             return False
-        self._checked_at = now
+        self._next_check_at = now + _CHECK_EVERY_S
         return True
 
     async def check(self) -> None:
@@ -85,6 +92,7 @@ class StopRule:
             last = await self._bus.last_sequence(stream)
             start = last - self._window + 1
             if start <= record.watch_from:
+                self._next_check_at = time.monotonic() + _TOO_EARLY_S
                 return
             reasons: Counter[str] = Counter()
             example = ""

@@ -7,7 +7,7 @@ ack is sent only after what makes the message unnecessary is stored.
 
 from __future__ import annotations
 
-from ..bus import FIRST_WAIT_S, TRY_AGAIN, Bus, is_lost_race, patiently, pause
+from ..bus import FIRST_WAIT_S, TRY_AGAIN, Bus, fence, is_lost_race, patiently, pause
 from ..errors import BusError, BusTimeout, BusUnavailable, PublishRefused, RowError
 from ..orchestrator import (
     HEADER_CRASHES,
@@ -18,16 +18,12 @@ from ..orchestrator import (
     family,
     hop_subject,
     message_id,
-    outcome_stream,
     outcome_subject,
     row_subject,
     work_stream,
 )
 from ..telemetry import DEAD_LETTERS, logger
 from .delivery import Delivery
-
-_EXPECT = "Nats-Expected-Last-Subject-Sequence"
-_EXPECT_ON = "Nats-Expected-Last-Subject-Sequence-Subject"
 
 _LEASE_TRIES = 5
 
@@ -41,23 +37,32 @@ class Moves:
         self._bus = bus
         self._run = run
         self._work = work_stream(run)
-        self._outcomes = outcome_stream(run)
 
     async def last_sequence(self) -> int:
         """Sequence of the newest message of the work stream."""
         return await patiently(self._bus, lambda: self._bus.last_sequence(self._work))
 
     async def is_last(self, delivery: Delivery) -> bool:
-        """True if the delivery is the newest message of its row: nobody has moved the row on."""
-        return await self.newest_of(delivery.n) == delivery.seq
+        """True if the delivery is the newest message of its row: nobody has moved the row on.
+
+        False only where that is proven, by a newer message or an outcome, since what follows from it is an ack. A
+        broker that does not even know the delivered message yet is asked again.
+        """
+        while True:
+            newest = await self.newest_of(delivery.n)
+            if newest >= delivery.seq:
+                return newest == delivery.seq
+            if await self.has_outcome(delivery.n, delivery.generation):
+                return False
+            await pause(self._bus)
 
     async def newest_of(self, n: int) -> int:
         """Sequence of the row's newest message in the work stream, 0 if it has none."""
-        return await patiently(self._bus, lambda: self._bus.last_of(self._work, family(self._run, n)))
+        return await patiently(self._bus, lambda: self._bus.last_of(row_subject(self._run, n), family(self._run, n)))
 
     async def has_outcome(self, n: int, generation: int) -> bool:
         subject = outcome_subject(self._run, n, generation)
-        return await patiently(self._bus, lambda: self._bus.last_of(self._outcomes, subject)) != 0
+        return await patiently(self._bus, lambda: self._bus.last_of(subject)) != 0
 
     async def row(self, n: int) -> RowMessage | None:
         """The row as submitted, while it has no outcome; None if it cannot be read."""
@@ -75,8 +80,7 @@ class Moves:
         subject = hop_subject(self._run, message.role, message.n, message.hop)
         headers = {
             "Nats-Msg-Id": message_id(self._run, message.n, message.generation, message.hop, message.attempt),
-            _EXPECT: str(delivery.seq),
-            _EXPECT_ON: family(self._run, message.n),
+            **fence(delivery.seq, family(self._run, message.n)),
             HEADER_LEASE: lease,
         }
         wait_s = FIRST_WAIT_S
@@ -107,8 +111,7 @@ class Moves:
         subject = hop_subject(self._run, delivery.role, delivery.n, delivery.hop)
         headers = {
             "Nats-Msg-Id": f"{delivery.headers.get('Nats-Msg-Id', '')}.{delivery.seq}",
-            _EXPECT: str(delivery.seq),
-            _EXPECT_ON: family(self._run, delivery.n),
+            **fence(delivery.seq, family(self._run, delivery.n)),
             HEADER_LEASE: delivery.headers.get(HEADER_LEASE, ""),
             HEADER_CRASHES: str(crashes),
         }
@@ -133,7 +136,7 @@ class Moves:
             await self._bus.ack(delivery.ack_subject)
             return False
         subject = outcome_subject(self._run, delivery.n, generation)
-        headers = {"Nats-Msg-Id": message_id(self._run, delivery.n, generation, -1), _EXPECT: "0"}
+        headers = {"Nats-Msg-Id": message_id(self._run, delivery.n, generation, -1), **fence(0)}
         wait_s = FIRST_WAIT_S
         stored = False
         while not stored:

@@ -13,6 +13,7 @@ from ..errors import HandlerError
 from ..llm import LLM, ModelPool
 from ..orchestrator import Orchestrator
 from ..registry import RunRecord
+from . import limits
 from .delivery import Delivery
 from .handlers import Caller
 
@@ -34,7 +35,7 @@ class Served:
         self.stats = telemetry.role_stats(flow.name, name)
         self._workflow = flow.name
         self._timeout_s = settings.timeout_s
-        self._row_s = record.config.limits.row_s
+        self._limits = record.config.limits
         self._call = caller
         self._resolve = resolve
         self._alias = record.config.alias_of(name, role.model)
@@ -63,9 +64,7 @@ class Served:
 
         started = time.monotonic()
         delivery.running = True
-        most_s = self._timeout_s
-        if self._row_s is not None:
-            most_s = min(most_s, max(0.0, message.admitted_at + self._row_s - time.time()))
+        most_s = min(self._timeout_s, limits.seconds_left(message, self._limits, time.time()))
         delivery.deadline = started + most_s
         self.stats.in_flight += 1
         try:
@@ -73,7 +72,7 @@ class Served:
         except asyncio.CancelledError:
             if delivery.deadline == EXPIRED:
                 delivery.task.uncancel()
-                return TimeoutError(f"the handler took longer than {self._timeout_s:g} s"), message.state
+                return TimeoutError(f"the handler took longer than {most_s:.3g} s"), message.state
             if delivery.task.cancelling():
                 raise  # the worker stops: the hop is handed back
             # Of the handler's own making: handed back it would come again for ever.

@@ -291,14 +291,19 @@ class Session:
         self._served[delivery.role].stats.settled[how] += 1
 
     async def _after_error(self, delivery: Delivery, message: Orchestrator, error: Exception, lease: str) -> None:
-        served = self._served[message.role]
-        if not is_transient(error) or message.attempt >= served.max_attempts:
-            await self._fail(delivery, message, error, lease)
-            return
         now = time.time()
-        again = retry(message, describe(error, message, now), now + backoff_s(message.attempt, error))
-        log.info("worker.retry", attempt=message.attempt, error=str(error))
-        await self._forward(delivery, message, again, lease, "retry")
+        not_before = now + backoff_s(message.attempt, error)
+        most_attempts = self._served[message.role].max_attempts
+        if is_transient(error) and not limits.seconds_left(message, self.record.config.limits, not_before):
+            message.errors = [*message.errors, describe(error, message, now)]
+            error = LimitReached(f"limits.row_s={self.record.config.limits.row_s:g} leaves no time for another attempt")
+            await self._fail(delivery, message, error, lease)
+        elif not is_transient(error) or message.attempt >= most_attempts:
+            await self._fail(delivery, message, error, lease)
+        else:
+            log.info("worker.retry", attempt=message.attempt, error=str(error))
+            again = retry(message, describe(error, message, now), not_before)
+            await self._forward(delivery, message, again, lease, "retry")
 
     async def _fail(self, delivery: Delivery, message: Orchestrator, error: Exception, lease: str) -> None:
         message.errors = [*message.errors, describe(error, message, time.time())]
@@ -324,9 +329,8 @@ class Session:
         """Bytes that nobody can read: kept for a person to see, and the row ends as failed."""
         subject = hop_subject(self.record.id, delivery.role, delivery.n, delivery.hop)
         await self._moves.dead_letter(delivery, subject, str(error))
-        generation = _generation(delivery.headers)
         row = await self._moves.row(delivery.n) or RowMessage(
-            input=msgspec.Raw(b"null"), id=str(delivery.n), seed=0, submitted_at=0.0, generation=generation
+            input=msgspec.Raw(b"null"), id=str(delivery.n), seed=0, submitted_at=0.0, generation=delivery.generation
         )
         message = admit(row, self.record.id, delivery.n, delivery.role, b"", time.time())
         message.hop = delivery.hop
@@ -364,8 +368,3 @@ class Session:
         epoch = self._bus.epoch
         self._old_until = await self._moves.last_sequence()
         self._epoch = epoch
-
-
-def _generation(headers: Mapping[str, str]) -> int:
-    parts = headers.get("Nats-Msg-Id", "").split(":")
-    return int(parts[2]) if len(parts) == 5 and parts[2].isdigit() else 0
