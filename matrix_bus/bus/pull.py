@@ -36,8 +36,6 @@ class Lane:
         self.consumer = consumer
         self.outstanding = 0
         """Messages asked for and not yet received."""
-        self.weight = 1.0
-        """Its share of what is shared with other lanes."""
         self.gone = False
         self._bus = bus
         self._on_message = on_message

@@ -162,8 +162,8 @@ def show(number: LetterArgument, server: Server = "") -> None:
 @dead.command()
 def requeue(number: LetterArgument, server: Server = "") -> None:
     """Send the letter's row again from its beginning, and drop the letter."""
-    sent = _with_bus(server, lambda bus: control.requeue(bus, number))
-    say("the row is sent again" if sent else "the row is not failed any more, or travels already; the letter is gone")
+    _with_bus(server, lambda bus: control.requeue(bus, number))
+    say("the row is sent again, and the letter is gone")
 
 
 @dead.command()

@@ -178,6 +178,16 @@ class BlockingRun:
         """As `Run.resume`."""
         self._loop.call(self._run.resume())
 
+    def change(
+        self,
+        *,
+        max_in_flight: int | None = None,
+        slots: Mapping[str, int] | None = None,
+        weight: float | None = None,
+    ) -> None:
+        """As `Run.change`."""
+        self._loop.call(self._run.change(max_in_flight=max_in_flight, slots=slots, weight=weight))
+
     def retry_failed(self, *, reason: str = "") -> int:
         """As `Run.retry_failed`."""
         return self._loop.call(self._run.retry_failed(reason=reason))

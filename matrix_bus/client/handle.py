@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 
 import msgspec
 from msgspec import Struct
@@ -89,6 +89,19 @@ class Run:
     async def resume(self) -> None:
         """Lets a paused run go on. Raises `RunError` if it has ended."""
         await control.resume(self._bus, self.id)
+
+    async def change(
+        self,
+        *,
+        max_in_flight: int | None = None,
+        slots: Mapping[str, int] | None = None,
+        weight: float | None = None,
+    ) -> None:
+        """Other limits while it goes on: rows under way at once, slots by role, share of the workers.
+
+        Workers follow within seconds. Raises `ConfigError`, and `RunError` if the run has ended.
+        """
+        await control.change(self._bus, self.id, max_in_flight=max_in_flight, slots=slots, weight=weight)
 
     async def retry_failed(self, *, reason: str = "") -> int:
         """Sends its failed rows again, or those with this reason; returns how many.

@@ -56,15 +56,18 @@ async def find(bus: Bus, number: int) -> DeadLetter:
     raise RunError(f"no dead letter {number}; there are: {', '.join(known[:20]) or 'none'}")
 
 
-async def requeue(bus: Bus, number: int) -> bool:
+async def requeue(bus: Bus, number: int) -> None:
     """Sends the letter's row again from its beginning, as its next generation, and drops the letter.
 
-    False if the row is not failed any more, or travels already. Raises `RunError`.
+    Raises `RunError`, and keeps the letter, if the row is not failed any more or travels already.
     """
     letter = await find(bus, number)
-    sent = await retry_failed(bus, letter.run, rows=frozenset({letter.row}))
+    if not await retry_failed(bus, letter.run, rows=frozenset({letter.row})):
+        raise RunError(
+            f"row {letter.row} of run {letter.run!r} is not failed any more, or travels already: "
+            f"letter {number} is kept"
+        )
     await drop(bus, number)
-    return bool(sent)
 
 
 async def drop(bus: Bus, number: int) -> None:

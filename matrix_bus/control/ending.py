@@ -51,8 +51,7 @@ async def cancel(bus: Bus, run: str) -> int:
         # Rows that travel first: their row message would tell less, and finds the place taken then.
         for travelling in (True, False):
             ended += await _end_all(bus, record, travelling)
-    outcomes = await bus.api(f"STREAM.INFO.{outcome_stream(run)}")
-    await registry.update(bus, run, total=outcomes["state"]["messages"])
+    await registry.update(bus, run, total=await _rows(bus, record))
     await _delete(bus, work_stream(run))
     return ended
 
@@ -81,6 +80,14 @@ async def free_unreferenced(bus: Bus, run: str) -> int:
     for name in loose:
         await payloads.free(name)
     return len(loose)
+
+
+async def _rows(bus: Bus, record: RunRecord) -> int:
+    """Rows that have an outcome; of those that were sent again, the first generation counts."""
+    if record.retried:
+        return sum([message.subject.endswith(".0") async for message in bus.read(outcome_stream(record.id))])
+    info = await bus.api(f"STREAM.INFO.{outcome_stream(record.id)}")
+    return int(info["state"]["messages"])
 
 
 async def _last_sequence(bus: Bus, record: RunRecord) -> int:

@@ -9,7 +9,7 @@ from nats.aio.msg import Msg
 
 from ..bus import delivery_facts
 from ..orchestrator import HEADER_CRASHES
-from .pulling import Pool
+from .pulling import Share
 
 
 class Delivery:
@@ -26,18 +26,18 @@ class Delivery:
         "n",
         "noted",
         "old",
-        "pool",
         "role",
         "running",
         "seq",
+        "share",
         "spoke",
         "task",
     )
 
     task: asyncio.Task[None]
     """What settles it."""
-    pool: Pool
-    """The slots of which it takes one."""
+    share: Share
+    """Of whose slots it takes one."""
 
     def __init__(self, message: Msg, old_until: int) -> None:
         _, _, self.role, n, hop = message.subject.split(".")

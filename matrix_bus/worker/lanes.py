@@ -10,74 +10,71 @@ from nats.aio.msg import Msg
 from ..bus import Bus, Lane
 from ..errors import BusError
 from ..orchestrator import work_stream
-from .pulling import Pool, Pump
+from .pulling import Pool, Pump, Share
 
 
 class Lanes:
     """Closed and opened again when the run is paused and resumed; pools may be replaced at any time."""
 
     def __init__(
-        self, bus: Bus, run: str, pools: Mapping[str, Pool], pump: Pump, receive: Callable[[Msg], None]
+        self,
+        bus: Bus,
+        run: str,
+        pools: Mapping[str, Pool],
+        weight: float,
+        pump: Pump,
+        receive: Callable[[Msg], None],
     ) -> None:
         self._bus = bus
         self._stream = work_stream(run)
-        self._pools = dict(pools)
+        self._shares = {role: Share(pool, weight=weight) for role, pool in pools.items()}
         self._pump = pump
         self._receive = receive
-        self._lanes: dict[str, Lane] = {}
-        self._weight = 1.0
 
     @property
     def gone(self) -> bool:
         """True if the run's stream was deleted under us."""
-        return any(lane.gone for lane in self._lanes.values())
+        return any(share.lane is not None and share.lane.gone for share in self._shares.values())
 
     @property
     def is_open(self) -> bool:
-        return bool(self._lanes)
+        return any(share.lane is not None for share in self._shares.values())
 
     @property
     def roles(self) -> list[str]:
-        return list(self._pools)
+        return list(self._shares)
 
-    def pool(self, role: str) -> Pool:
-        """The slots that the role's deliveries take."""
-        return self._pools[role]
+    def share(self, role: str) -> Share:
+        """What the role's deliveries take their slots from."""
+        return self._shares[role]
 
     async def open(self) -> None:
         """Begins to ask for messages. Raises `BusError`."""
-        for role, pool in self._pools.items():
+        for role, share in self._shares.items():
             lane = Lane(self._bus, self._stream, role, self._receive)
-            lane.weight = self._weight
             await lane.open()
-            self._lanes[role] = lane
-            self._pump.add(pool, lane)
+            share.lane = lane
+            self._pump.add(share)
 
     async def close(self) -> None:
         """Asks for nothing more; what is on its way still arrives."""
-        lanes, self._lanes = self._lanes, {}
-        for role, lane in lanes.items():
-            self._pump.remove(self._pools[role], lane)
-        for lane in lanes.values():
+        lanes = []
+        for share in self._shares.values():
+            self._pump.remove(share)
+            lanes.append(share.lane)
+            share.lane = None
+        for lane in lanes:
             with contextlib.suppress(BusError, OSError):
-                await lane.close()
-
-    def heard(self, role: str, at: float) -> None:
-        """Something arrived through the role's lane."""
-        pool, lane = self._pools[role], self._lanes.get(role)
-        if lane in pool.lanes:
-            pool.lanes[lane] = at
-        self._pump.touch(pool)
+                if lane is not None:
+                    await lane.close()
 
     def arrange(self, pools: Mapping[str, Pool], weight: float) -> None:
-        """Other slots, another share of those that are shared: for what is asked for from now on."""
-        self._weight = weight
+        """Other slots, another part of those that are shared: for what is asked for from now on."""
         for role, pool in pools.items():
-            old, lane = self._pools[role], self._lanes.get(role)
-            if lane is not None:
-                lane.weight = weight
-            if pool is not old:
-                self._pools[role] = pool
-                if lane is not None:
-                    self._pump.remove(old, lane)
-                    self._pump.add(pool, lane)
+            share = self._shares[role]
+            share.weight = weight
+            if pool is not share.pool:
+                self._pump.remove(share)
+                share.move_to(pool)
+                if share.lane is not None:
+                    self._pump.add(share)

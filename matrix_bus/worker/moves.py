@@ -158,23 +158,28 @@ class Moves:
         return stored
 
     async def free(self, delivery: Delivery, lease: str) -> None:
-        """Acks the row's lease and then the delivery, because an outcome exists."""
-        if lease:
-            await self._ack_surely(lease)
-            await self._bus.ack(delivery.ack_subject)
-        else:
-            await self._ack_surely(delivery.ack_subject)
+        """Acks the row's lease and then the delivery, because an outcome exists.
 
-    async def _ack_surely(self, ack_subject: str) -> None:
+        The hop must not go before the row message: an admission that has looked for the outcome a moment too early
+        would find the row message to be the row's last one, and set the row off once more.
+        """
+        if await self._end_lease(lease or delivery.ack_subject, delivery.n) and lease:
+            await self._bus.ack(delivery.ack_subject)
+
+    async def _end_lease(self, ack_subject: str, n: int) -> bool:
+        """True once the row message is gone; False if the broker has forgotten the lease: it delivers the row again."""
+        subject = row_subject(self._run, n)
         for _ in range(_LEASE_TRIES):
             try:
                 await self._bus.ack_confirmed(ack_subject)
             except BusError:
                 await self._bus.wait_connected()
+                if not await patiently(self._bus, lambda: self._bus.last_of(subject)):
+                    return True
             else:
-                return
-        # The broker forgot this delivery in a crash: it delivers the row again, and admission finds the outcome.
+                return True
         log.info("worker.lease_unconfirmed", ack_subject=ack_subject)
+        return False
 
     async def ack(self, delivery: Delivery) -> None:
         """Acks a hop after the row has moved on. If the ack is lost, the hop comes again and is found to be old."""

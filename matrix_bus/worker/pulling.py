@@ -16,30 +16,68 @@ _IDLE_ASK = 8
 
 
 @dataclass(eq=False)
+class Share:
+    """What one run has of the slots of a role."""
+
+    pool: Pool
+    lane: Lane | None = None
+    """None while the run is paused."""
+    weight: float = 1.0
+    busy: int = 0
+    heard_at: float = 0.0
+    """When its lane brought the last message."""
+
+    def take(self) -> None:
+        """A delivery occupies a slot, from its arrival to its settling."""
+        self.busy += 1
+        self.pool.busy += 1
+
+    def free(self) -> None:
+        """It does not need the slot any more, or not while it waits."""
+        self.busy -= 1
+        self.pool.busy -= 1
+
+    def move_to(self, pool: Pool) -> None:
+        """Takes slots from another pool, for what is held already too."""
+        self.pool.busy -= self.busy
+        pool.busy += self.busy
+        self.pool = pool
+
+
+@dataclass(eq=False)
 class Pool:
     """The slots of one role in this process, shared by the runs that use the role."""
 
     capacity: int
     busy: int = 0
-    """Deliveries held, from arrival to settling, retries that wait for their time not counted."""
-    lanes: dict[Lane, float] = field(default_factory=dict)
-    """Each with the time of its last message."""
+    shares: list[Share] = field(default_factory=list)
+    """Of runs that pull."""
     _first: int = 0
 
     def asks(self, now: float) -> list[tuple[Lane, int]]:
-        """(lane, messages to ask for), so that what is under way fills the free slots and never more."""
+        """(lane, messages to ask for), so that what is under way fills the free slots and never more.
+
+        Whoever has least for its weight is first, up to its part of all slots; of what is still free then, each has
+        its part again, so that slots which one run has no use for go to the others.
+        """
         spare = self.capacity - self.busy
-        free = spare - sum(lane.outstanding for lane in self.lanes)
-        active = [lane for lane, heard_at in self.lanes.items() if now - heard_at < _IDLE_AFTER_S]
-        idle = [lane for lane in self.lanes if lane not in active]
-        self._first = (self._first + 1) % len(self.lanes) if self.lanes else 0
+        lanes = [(share, share.lane) for share in self.shares if share.lane is not None]
+        free = spare - sum(lane.outstanding for _, lane in lanes)
+        active = [(share, lane) for share, lane in lanes if now - share.heard_at < _IDLE_AFTER_S]
+        idle = [(share, lane) for share, lane in lanes if now - share.heard_at >= _IDLE_AFTER_S]
+        self._first = (self._first + 1) % len(lanes) if lanes else 0
         idle = idle[self._first :] + idle[: self._first]  # where slots are few, each lane is first in its turn
+        active.sort(key=lambda pair: (pair[0].busy + pair[1].outstanding) / pair[0].weight)
+        weights = sum(share.weight for share, _ in active)
+        wanted = [(lane, _IDLE_ASK) for _, lane in idle]
+        for share, lane in active:
+            part = share.weight / weights
+            wanted.append((lane, max(1, int(self.capacity * part) - share.busy, int(spare * part))))
         result = []
-        weights = sum(lane.weight for lane in active)
-        shares = [(lane, max(1, int(spare * lane.weight / weights))) for lane in active]
-        for lane, wanted in [*((lane, min(_IDLE_ASK, spare)) for lane in idle), *shares]:
-            room = min(lane.room(wanted), free)
-            if room > 0 and (room * 2 >= wanted or lane.outstanding == 0):
+        for lane, count in wanted:
+            most = min(count, spare)
+            room = min(lane.room(most), free)
+            if room > 0 and (room * 2 >= most or lane.outstanding == 0):
                 result.append((lane, room))
                 free -= room
         return result
@@ -54,14 +92,18 @@ class Pump:
         self._wake = asyncio.Event()
         self._stopped = False
 
-    def add(self, pool: Pool, lane: Lane) -> None:
-        pool.lanes[lane] = 0.0
-        self._pools.add(pool)
-        self.touch(pool)
+    def add(self, share: Share) -> None:
+        """Begins to ask for the share's messages."""
+        share.pool.shares.append(share)
+        self._pools.add(share.pool)
+        self.touch(share.pool)
 
-    def remove(self, pool: Pool, lane: Lane) -> None:
-        pool.lanes.pop(lane, None)
-        if not pool.lanes:
+    def remove(self, share: Share) -> None:
+        """Asks for them no more."""
+        pool = share.pool
+        if share in pool.shares:
+            pool.shares.remove(share)
+        if not pool.shares:
             self._pools.discard(pool)
             self._dirty.discard(pool)
 

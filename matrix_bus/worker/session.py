@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -40,7 +40,7 @@ from .lanes import Lanes
 from .moves import Moves
 from .offload import Offload
 from .ownership import Ownership
-from .pulling import Pool, Pump
+from .pulling import Pool, Pump, Share
 from .served import EXPIRED, Resolve, Served
 from .suspects import Suspects
 
@@ -72,7 +72,7 @@ class Session:
         self.touched_at = time.monotonic()
         """When something last arrived."""
         self._bus = bus
-        self._lanes = Lanes(bus, record.id, pools, pump, self._receive)
+        self._lanes = Lanes(bus, record.id, pools, record.weight, pump, self._receive)
         self._pump = pump
         self._moves = Moves(bus, record.id)
         self._offload = Offload(bus, Payloads(bus, record.id), flow, record.config.io.offload_above_bytes)
@@ -166,9 +166,9 @@ class Session:
     async def _settle(self, delivery: Delivery, work: Callable[[Delivery], Any]) -> None:
         """Every delivery ends here: settled by `work`, or handed back."""
         role = delivery.role
-        pool = delivery.pool = self._lanes.pool(role)
-        pool.busy += 1
-        self._lanes.heard(role, delivery.beat_at)
+        share = delivery.share = self._lanes.share(role)
+        share.take()
+        share.heard_at = delivery.beat_at
         if role != LEASE_ROLE:  # an expired lease costs one refused publish, a heartbeat for each would cost more
             self._wheel.add(delivery)
         telemetry.current_hop.set((self.record.id, delivery.n, delivery.hop, role))
@@ -185,8 +185,8 @@ class Session:
         finally:
             self._wheel.remove(delivery)
             del self._held[delivery.seq]
-            pool.busy -= 1
-            self._pump.touch(pool)
+            share.free()
+            self._pump.touch(share.pool)
 
     async def _hand_back(self, delivery: Delivery) -> None:
         self._wheel.remove(delivery)
@@ -243,7 +243,7 @@ class Session:
             return
         served = self._served[delivery.role]
         if message.not_before:
-            await self._wait_until(message.not_before, delivery.pool)
+            await self._wait_until(message.not_before, delivery.share)
             if self._paused:
                 await self._hand_back(delivery)
                 return
@@ -271,12 +271,8 @@ class Session:
             )
             await self._fail(delivery, message, error, lease)
             return
-        delivery.pool.busy -= 1
-        self._pump.touch(delivery.pool)
-        try:
+        with self._without_slot(delivery.share):
             await self._suspects.send_on(delivery)
-        finally:
-            delivery.pool.busy += 1
 
     async def _forward(
         self, delivery: Delivery, message: Orchestrator, following: Orchestrator, lease: str, how: str
@@ -336,16 +332,21 @@ class Session:
         message.hop = delivery.hop
         await self._fail(delivery, message, error, delivery.headers.get(HEADER_LEASE, ""))
 
-    async def _wait_until(self, not_before: float, pool: Pool) -> None:
+    async def _wait_until(self, not_before: float, share: Share) -> None:
         """A retry waits for its time under heartbeat, and without a slot."""
         delay = not_before - time.time()
         if delay > 0:
-            pool.busy -= 1
-            self._pump.touch(pool)
-            try:
+            with self._without_slot(share):
                 await asyncio.sleep(delay)
-            finally:
-                pool.busy += 1
+
+    @contextlib.contextmanager
+    def _without_slot(self, share: Share) -> Iterator[None]:
+        share.free()
+        self._pump.touch(share.pool)
+        try:
+            yield
+        finally:
+            share.take()
 
     async def _watch_deadlines(self) -> None:
         """Ends handlers whose time is up. One sweep for all: a timer for each would cost more than it ends."""

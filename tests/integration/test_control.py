@@ -1,9 +1,10 @@
-"""Cancelling and purging, also half-way and twice."""
+"""Runs held up, changed, cancelled and purged, also half-way and twice."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import pytest
 from matrix_bus import Next, Row, RunConfig, control, registry, run, to
 from matrix_bus.bus import Bus
 from matrix_bus.dataset import Line
-from matrix_bus.errors import PublishRefused, RunError
+from matrix_bus.errors import ConfigError, PublishRefused, RunError
 from matrix_bus.orchestrator import outcome_stream, work_stream
 from matrix_bus.payload import Payloads, stream_of
-from tests.helpers import all_outcomes, messages, submitted, until, working
+from tests.helpers import all_outcomes, consumer, messages, submitted, until, working
 from tests.trip import Trip, rows, trip
 
 
@@ -117,3 +118,142 @@ async def test_values_that_no_outcome_refers_to_are_freed(bus: Bus) -> None:
     assert kept
     assert await control.free_unreferenced(bus, record.id) == 1
     assert await payloads.names() == kept
+
+
+# --- held up and changed ------------------------------------------------------------------------------------
+
+
+async def test_a_paused_run_starts_nothing_more_and_goes_on_where_it_was(bus: Bus) -> None:
+    started: list[int] = []
+    gate = asyncio.Event()
+
+    async def wait(row: Row[Trip]) -> Next:
+        started.append(row.number)
+        await gate.wait()
+        return to("b")
+
+    flow = trip(wait)
+    record = await submitted(bus, flow, rows(30), RunConfig(max_in_flight=5))
+    async with working(bus.url, flow):
+        await until(lambda: len(started) == 5, "as many rows as may be under way")
+        await control.pause(bus, record.id)
+        await until(lambda: _idle(bus, record, "b"), "the worker to notice")
+        gate.set()  # what is at work finishes, and its results are stored
+        await until(lambda: _queued(bus, record, "b", 5), "five hops that nobody takes")
+        await asyncio.sleep(0.3)
+        assert len(started) == 5
+        assert await messages(bus, outcome_stream(record.id)) == 0
+        assert (await registry.require(bus, record.id)).why == "by hand"
+        async with working(bus.url, flow):  # nor does a worker that comes later take any
+            await asyncio.sleep(0.5)
+        assert len(started) == 5
+        await control.pause(bus, record.id)
+        await control.resume(bus, record.id)
+        assert len(await all_outcomes(bus, record)) == 30
+        await control.resume(bus, record.id)
+    assert sorted(started) == list(range(30)), "and no handler was called twice"
+    with pytest.raises(RunError, match="is complete: nothing to pause"):
+        await control.pause(bus, record.id)
+
+
+async def _idle(bus: Bus, record: registry.RunRecord, role: str) -> bool:
+    return int((await consumer(bus, work_stream(record.id), role))["num_waiting"]) == 0
+
+
+async def _queued(bus: Bus, record: registry.RunRecord, role: str, count: int) -> bool:
+    return int((await consumer(bus, work_stream(record.id), role))["num_pending"]) == count
+
+
+async def test_rows_can_be_submitted_to_a_paused_run(bus: Bus) -> None:
+    flow = trip()
+    record = await run.open_run(bus, run.new_record(flow, RunConfig()))
+    await control.pause(bus, record.id)
+    async with working(bus.url, flow):
+        record = await run.open_run(bus, run.new_record(flow, RunConfig(), run=record.id))
+        await run.submit(bus, record, [Line(n, body, str(n)) for n, body in enumerate(rows(10))])
+        await asyncio.sleep(0.3)
+        assert await messages(bus, outcome_stream(record.id)) == 0
+        await control.resume(bus, record.id)
+        assert len(await all_outcomes(bus, record)) == 10
+
+
+async def test_limits_of_a_live_run_are_changed(bus: Bus) -> None:
+    working_on = most = 0
+
+    async def note(row: Row[Trip]) -> Next:
+        nonlocal working_on, most
+        working_on += 1
+        most = max(most, working_on)
+        await asyncio.sleep(0.02)
+        working_on -= 1
+        return to("b")
+
+    async def most_of(seconds: float) -> int:
+        nonlocal most
+        most = 0
+        await asyncio.sleep(seconds)
+        return most
+
+    flow = trip(note)
+    record = await submitted(bus, flow, rows(20_000), RunConfig(max_in_flight=6))
+    async with working(bus.url, flow):
+        await until(lambda: most > 0, "the first rows")
+        assert await most_of(0.5) <= 6
+        await control.change(bus, record.id, max_in_flight=40)
+        await until(lambda: most > 20, "more rows under way")
+        await control.change(bus, record.id, slots={"a": 3})
+        await asyncio.sleep(1.0)
+        assert await most_of(0.5) <= 3
+        await control.change(bus, record.id, slots={"a": 100}, max_in_flight=8)
+        await asyncio.sleep(1.5)
+        assert 3 < await most_of(0.5) <= 8
+        changed = (await registry.require(bus, record.id)).changed
+        assert (changed.max_in_flight, changed.slots, changed.weight) == (8, {"a": 100}, None)
+        await control.cancel(bus, record.id)
+    with pytest.raises(RunError, match="cancelled: there is nothing left to change"):
+        await control.change(bus, record.id, weight=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"max_in_flight": 0}, "max_in_flight=0 must be 1 to"),
+        ({"slots": {"aa": 3}}, "no role 'aa'; did you mean 'a'"),
+        ({"slots": {"a": 0}}, "pause the run to stop it"),
+        ({"weight": 0}, "weight=0 must be above 0"),
+    ],
+)
+async def test_a_change_that_makes_no_sense_is_refused(bus: Bus, change: dict[str, Any], said: str) -> None:
+    record = await submitted(bus, trip(), rows(1))
+    with pytest.raises(ConfigError, match=said):
+        await control.change(bus, record.id, **change)
+    assert (await registry.require(bus, record.id)).changed == registry.Changed()
+
+
+async def test_two_runs_share_slots_by_weight(bus: Bus) -> None:
+    at_work: Counter[str] = Counter()
+    seen: list[tuple[int, int]] = []
+
+    async def note(row: Row[Trip]) -> Next:
+        name = row.state.text
+        at_work[name] += 1
+        seen.append((at_work["heavy"], at_work["light"]))
+        await asyncio.sleep(0.05)
+        at_work[name] -= 1
+        return to("b")
+
+    flow = trip(note)
+
+    def named(name: str) -> list[bytes]:
+        return [b'{"text": "%b"}' % name.encode()] * 3000
+
+    heavy = await submitted(bus, flow, named("heavy"), RunConfig(weight=3))
+    light = await submitted(bus, flow, named("light"))
+    async with working(bus.url, flow, slots=40):
+        await until(lambda: len(seen) > 3000, "many calls")
+        await control.cancel(bus, heavy.id)
+        await control.cancel(bus, light.id)
+    both = [(ours, theirs) for ours, theirs in seen[1000:] if ours and theirs]
+    share = sum(ours for ours, _ in both) / sum(map(sum, both))
+    assert len(both) > 1500
+    assert 0.6 < share < 0.9, "three quarters"

@@ -29,7 +29,7 @@ from matrix_bus.worker.delivery import Delivery
 from matrix_bus.worker.failure import backoff_s
 from matrix_bus.worker.handlers import Caller, Executors
 from matrix_bus.worker.heartbeat import Wheel
-from matrix_bus.worker.pulling import Pool, Pump
+from matrix_bus.worker.pulling import Pool, Pump, Share
 from matrix_bus.worker.watchdog import Watchdog
 
 # --- slots --------------------------------------------------------------------------------------------------
@@ -57,7 +57,12 @@ class FakeLane:
 
 
 def pool(capacity: int, *lanes: tuple[FakeLane, float], busy: int = 0) -> Pool:
-    return Pool(capacity, busy, {cast(Lane, lane): heard_at for lane, heard_at in lanes})
+    """The first lane's run is what keeps it busy."""
+    made = Pool(capacity, busy)
+    made.shares = [Share(made, cast(Lane, lane), lane.weight, heard_at=heard_at) for lane, heard_at in lanes]
+    if made.shares:
+        made.shares[0].busy = busy
+    return made
 
 
 def asks(of: Pool) -> dict[FakeLane, int]:
@@ -71,7 +76,7 @@ def test_one_lane_gets_all_free_slots() -> None:
 
 def test_active_lanes_share_alike() -> None:
     lanes = [FakeLane() for _ in range(3)]
-    assert asks(pool(100, *((lane, NOW) for lane in lanes), busy=10)) == dict.fromkeys(lanes, 30)
+    assert asks(pool(100, *((lane, NOW) for lane in lanes), busy=10)) == {lanes[0]: 24, lanes[1]: 33, lanes[2]: 33}
 
 
 def test_silent_lanes_ask_for_few_so_that_one_that_wakes_up_finds_slots() -> None:
@@ -143,7 +148,7 @@ async def test_the_pump_asks_when_slots_get_free() -> None:
     slots = Pool(4)
     running = asyncio.create_task(pump.run())
     try:
-        pump.add(slots, cast(Lane, lane))
+        pump.add(Share(slots, cast(Lane, lane)))
         await asyncio.wait_for(lane.asked.wait(), 5)
         assert lane.outstanding == 4
         lane.outstanding, slots.busy = 0, 4
