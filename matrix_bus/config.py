@@ -148,8 +148,11 @@ class LimitsConfig(_Group, frozen=True, kw_only=True):
     """Prompt and completion tokens of a row's model calls."""
     cost: Annotated[float, Meta(gt=0)] | None = None
     """Of a row's model calls, in the currency of `llm.prompt_price` and `llm.completion_price`."""
-    crashes: Annotated[int, Meta(ge=2)] = 8
-    """A hop that so many workers died of, while they executed it, ends its row as failed."""
+    crashes: Annotated[int, Meta(ge=4)] = 8
+    """A hop that so many workers died of, while they executed it, ends its row as failed.
+
+    From the second on it goes in a small group, from the third on alone, so that it can be told from its neighbours.
+    """
     failed_share: Annotated[float, Meta(gt=0, le=1)] = 0.5
     """The run is paused when so many of the last outcomes failed; 1 pauses only when all of them did."""
     failed_window: Annotated[int, Meta(ge=0)] = 200

@@ -125,7 +125,7 @@ class Output:
 
     def _move_superseded(self) -> None:
         newest: dict[int, int] = {}
-        for line in self._read_lines():
+        for line in self.read_lines():
             place = _decode_place.decode(line)
             if place.generation:
                 newest[place.row] = max(newest.get(place.row, 0), place.generation)
@@ -133,7 +133,7 @@ class Output:
         try:
             with open(scratch, "wb") as file, open(beside, "wb") as old:
                 kept = self._compressor.stream_writer(file, closefd=False) if self._compressor else file
-                for line in self._read_lines():
+                for line in self.read_lines():
                     place = _decode_place.decode(line)
                     (kept if place.generation == newest.get(place.row, 0) else old).write(line)
                 if self._compressor:
@@ -145,7 +145,8 @@ class Output:
         except OSError as error:
             raise DatasetError(f"cannot write {self.path}: {error}") from None
 
-    def _read_lines(self) -> Iterator[bytes]:
+    def read_lines(self) -> Iterator[bytes]:
+        """The lines of a finished file."""
         with open_lines(str(self.path)) as file:
             yield from file
 

@@ -92,6 +92,11 @@ class Tally:
     """Sums over outcomes, for summaries and manifests."""
 
     def __init__(self, flow: Workflow[Any] | None = None) -> None:
+        self._flow = flow
+        self.clear()
+
+    def clear(self) -> None:
+        """Begins anew."""
         self.rows = 0
         self.kinds: Counter[str] = Counter()
         self.reasons: Counter[tuple[str, str]] = Counter()
@@ -101,7 +106,6 @@ class Tally:
         self.usage = Usage()
         self.usage_by_role: dict[str, Usage] = {}
         self.first_at = self.last_at = 0.0
-        self._flow = flow
         self._sums: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
 
@@ -175,7 +179,12 @@ async def collect(
                     complete = False
                     break
         if complete:
-            output.finish(newest_only=(await registry.require(bus, record.id)).retried > 0)
+            retried = (await registry.require(bus, record.id)).retried > 0
+            output.finish(newest_only=retried)
+            if retried and tally is not None:  # what counts is what the file says in the end
+                tally.clear()
+                for line in output.read_lines():
+                    tally.add(decode_outcome(line))
         else:
             output.flush()
     finally:

@@ -25,6 +25,8 @@ from matrix_bus import Large, Next, Outcome, Row, State, Workflow, success, to
 
 CALLS = os.open(os.environ["CALLS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 SECONDS = float(os.environ.get("SECONDS", "0.003"))
+POISON = os.environ.get("POISON")
+"""Id of a row that kills whoever works on its second hop."""
 
 
 class Walk(State):
@@ -39,6 +41,8 @@ flow = Workflow("walk", state=Walk, start="plan")
 async def step(row: Row[Walk]) -> None:
     call = f"{row.id} {row.hop} {row.attempt} {os.getpid()}\\n"
     os.write(CALLS, b"> " + call.encode())
+    if row.id == POISON and row.hop == 2:
+        os.kill(os.getpid(), 9)
     await asyncio.sleep(SECONDS)
     row.state.path.append(f"{row.hop}")
     os.write(CALLS, b"< " + call.encode())

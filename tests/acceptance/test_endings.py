@@ -1,4 +1,4 @@
-"""Cancel and purge, as typed."""
+"""What is done to a run from outside, as typed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,46 @@ import json
 
 from matrix_bus.broker import Broker
 from tests.acceptance.conftest import Shell
+
+
+def test_pause_set_resume_and_retry(shell: Shell, broker: Broker) -> None:
+    server = ("--server", broker.url)
+    luck = "if os.path.exists('broken') and int(row.id) % 2:\n        raise ValueError('no luck')\n    "
+    flow = shell.flow.read_text().replace("row.state.path.append", f"{luck}row.state.path.append")
+    shell.flow.write_text(flow)
+    (shell.directory / "broken").touch()
+    shell.run("submit", str(shell.dataset(6)), "-w", str(shell.flow), *server, "--detach", "--run", "r")
+    paused = shell.run("pause", "r", *server)
+    assert (paused.returncode, "matrix-bus resume r" in paused.stderr) == (0, True), paused.stderr
+    shell.start("worker", "-w", str(shell.flow), *server)
+    assert "paused (by hand)" in shell.run("status", "r", *server).stdout
+    for words, said in (
+        (("max_in_flight=many",), "'many' is not a number"),
+        (("max_inflight=3",), "can be set while a run goes on"),
+        (("roles.plann.slots=3",), "did you mean 'plan'"),
+    ):
+        wrong = shell.run("set", "r", *words, *server)
+        assert (wrong.returncode, said in wrong.stderr) == (2, True), wrong.stderr
+    assert shell.run("set", "r", "max_in_flight=2", "roles.plan.slots=1", "weight=2", *server).returncode == 0
+    assert shell.run("resume", "r", *server).returncode == 0
+    assert shell.run("collect", "r", *server, "--follow").returncode == 0
+    assert shell.run("retry", "r", *server).returncode == 2, "it does not say which"
+    none = shell.run("retry", "r", "--failed", "--reason", "limit", *server)
+    assert "no failed rows with reason 'limit'" in none.stderr
+    (shell.directory / "broken").unlink()
+    again = shell.run("retry", "r", "--failed", *server)
+    assert "3 failed rows of run r are sent again" in again.stderr
+    collected = shell.run("collect", "r", *server, "--follow", "-o", "new.jsonl")
+    assert collected.returncode == 0, collected.stderr
+    written = [json.loads(line) for line in (shell.directory / "new.jsonl").read_text().splitlines()]
+    assert sorted((line["row"], line["outcome"], line["generation"]) for line in written) == [
+        (n, "success", n % 2) for n in range(6)
+    ]
+    assert len((shell.directory / "new.jsonl.superseded.jsonl").read_text().splitlines()) == 3
+    manifest = json.loads((shell.directory / "new.manifest.json").read_text())
+    assert (manifest["rows"], manifest["outcomes"]) == (6, {"success": 6})
+    assert shell.run("dead", "list", *server).stdout == ""
+    assert "no dead letter 3" in shell.run("dead", "show", "3", *server).stderr
 
 
 def test_cancel_then_collect_then_purge(shell: Shell, broker: Broker) -> None:

@@ -191,6 +191,28 @@ def test_a_second_sigterm_hands_back_what_still_runs(shell: Shell, broker: Broke
     assert calls.attempts == {"1"}
 
 
+def test_a_hop_that_kills_its_workers_ends_and_takes_no_other_with_it(shell: Shell, broker: Broker) -> None:
+    submitter = shell.start(
+        *submit_words(shell, broker, "limits.crashes=5", "max_in_flight=60"), "--run", "r", "ack_wait_s=1"
+    )
+    dead: set[int] = set()
+    alive = workers(shell, broker, 2, POISON="7")
+    while submitter.running and len(dead) < 10:
+        for worker in [worker for worker in alive if not worker.running]:
+            alive.remove(worker)
+            dead.add(worker.pid)
+            alive += workers(shell, broker, 1, POISON="7")
+        time.sleep(0.05)
+    assert submitter.ends(60) == 0, submitter.said
+    assert len(dead) == 5
+    records = [json.loads(line) for line in (shell.directory / "out.jsonl").read_bytes().splitlines()]
+    assert Counter(record["id"] for record in records) == Counter(str(x) for x in range(ROWS))
+    (poisonous,) = [record for record in records if record["outcome"] != "success"]
+    assert (poisonous["id"], poisonous["outcome"], poisonous["reason"]) == ("7", "failed", "WorkerCrashed")
+    assert poisonous["errors"][-1]["message"].startswith("5 workers died while they executed this hop of role 'write'")
+    assert Calls(shell.calls).hops["7", "2"] == 5
+
+
 @pytest.mark.parametrize("seed", [1])
 def test_a_submitter_killed_half_way_is_run_again(shell: Shell, broker: Broker, seed: int) -> None:
     chance = random.Random(seed)

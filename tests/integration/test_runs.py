@@ -301,3 +301,29 @@ async def test_shared_streams_may_be_an_operators_own(tmp_path: Path) -> None:
 async def test_more_copies_than_servers_is_said(bus: Bus) -> None:
     with pytest.raises(BusUnsuitable, match=r"broker\.replicas=3 needs a cluster of at least 3 JetStream servers"):
         await submitted(bus, trip(), rows(1), RunConfig(broker=BrokerConfig(replicas=3)))
+
+
+async def test_what_does_not_fit_into_the_grace_period_is_at_work_elsewhere_at_once(bus: Bus) -> None:
+    """With an AckWait of a minute: only what was handed back can come within seconds, a second time too."""
+    gate = asyncio.Event()
+    attempts: list[int] = []
+
+    async def hold(row: Row[Trip]) -> Next:
+        attempts.append(row.attempt)
+        await gate.wait()
+        return to("b")
+
+    flow = trip(hold)
+    record = await submitted(bus, flow, rows(30), RunConfig(ack_wait_s=60))
+    async with working(bus.url, flow):
+        await until(lambda: len(attempts) == 30, "all rows to be at work")
+    async with working(bus.url, flow):
+        await until(lambda: len(attempts) == 60, "all of them to be at work again")
+    async with working(bus.url, flow):
+        await until(lambda: len(attempts) == 90, "and again")
+        gate.set()
+        outcomes = await all_outcomes(bus, record)
+    assert set(attempts) == {1}
+    assert {(o.outcome, o.attempts, len(o.errors)) for o in outcomes} == {("success", 2, 0)}, (
+        "what was handed back counts as no attempt"
+    )
