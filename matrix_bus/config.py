@@ -135,6 +135,10 @@ class IoConfig(_Group, frozen=True, kw_only=True):
 
     offload_above_bytes: Annotated[int, Meta(ge=1024)] = 64 << 10
     """A row whose message would be larger has its large parts put into the run's object store."""
+    queue_messages: Positive = 1_000_000
+    """A submission waits for the workers while the run's queue holds so many messages, rows and hops."""
+    queue_bytes: Positive = 8 << 30
+    """The same for the bytes of these messages; values in the object store are not counted."""
 
 
 class LimitsConfig(_Group, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ from msgspec import Struct
 from nats.aio.msg import Msg
 
 from . import catalog, payload
-from .bus import STREAM_NOT_FOUND, Bus, Stored, create_bucket, create_stream, fence, is_lost_race
+from .bus import STREAM_NOT_FOUND, Bus, Stored, create_bucket, create_stream, fence, is_lost_race, patiently
 from .config import RunConfig
 from .errors import BusError, NobodyListens, PublishRefused, RunError
 from .orchestrator import LEASE_ROLE, SCHEMA, is_token, outcome_stream, work_stream
@@ -187,11 +187,12 @@ async def create(bus: Bus, record: RunRecord) -> None:
         await _consumer(bus, record.id, role, [record.config.ack_wait_s], -1)
     record.created_at = record.created_at or time.time()
     try:
-        await bus.publish(_key(record.id), msgspec.json.encode(record), fence(0))
+        await patiently(bus, lambda: bus.publish(_key(record.id), msgspec.json.encode(record), fence(0)))
     except PublishRefused as error:
-        if is_lost_race(error):
+        if is_lost_race(error) and await get(bus, record.id) != record:
             raise RunError(f"run {record.id!r} was created by somebody else just now: choose another --run") from None
-        raise
+        if not is_lost_race(error):  # else it was we who created it, with a confirmation that got lost
+            raise
 
 
 async def admit_at_most(bus: Bus, record: RunRecord) -> None:
@@ -288,7 +289,8 @@ async def update(bus: Bus, run: str, *, when: RunState | None = None, **changes:
             return record
         record = msgspec.structs.replace(record, **changes)
         try:
-            await bus.publish(_key(run), msgspec.json.encode(record), fence(stored.seq))
+            body, headers = msgspec.json.encode(record), fence(stored.seq)
+            await patiently(bus, lambda: bus.publish(_key(run), body, headers))  # noqa: B023 - awaited at once
         except PublishRefused as error:
             if not is_lost_race(error):
                 raise

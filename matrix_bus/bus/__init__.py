@@ -4,7 +4,7 @@ All errors of the broker and of its client library are translated here, at one e
 """
 
 from .connection import Bus, without_password
-from .patience import FIRST_WAIT_S, TRY_AGAIN, patiently, pause
+from .patience import FIRST_WAIT_S, note_refusal, patiently, pause
 from .pull import Lane
 from .streams import create_bucket, create_stream
 from .wire import STREAM_NOT_FOUND, PubAck, Stored, delivery_facts, fence, is_lost_race
@@ -12,7 +12,6 @@ from .wire import STREAM_NOT_FOUND, PubAck, Stored, delivery_facts, fence, is_lo
 __all__ = (
     "FIRST_WAIT_S",
     "STREAM_NOT_FOUND",
-    "TRY_AGAIN",
     "Bus",
     "Lane",
     "PubAck",
@@ -22,6 +21,7 @@ __all__ = (
     "delivery_facts",
     "fence",
     "is_lost_race",
+    "note_refusal",
     "patiently",
     "pause",
     "without_password",

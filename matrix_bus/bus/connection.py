@@ -67,6 +67,8 @@ class Bus:
         self.epoch = 0
         """Counts reconnects: what was pulled or heartbeated in an older epoch may be forgotten by the broker."""
         self.reconnected_at = -math.inf
+        self.full_said_at = -math.inf
+        """When it was last said that the broker's store is full, on the monotonic clock."""
         """On the monotonic clock."""
         self._up = asyncio.Event()
         self._reconnected: list[Reconnected] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -11,9 +12,11 @@ from ..errors import BusTimeout, BusUnavailable, PublishRefused
 from ..telemetry import logger
 from .connection import Bus
 
-TRY_AGAIN = frozenset({10164, 10158, 10077, 10023, 10008, 10009})
+_TRY_AGAIN = frozenset({10164, 10158, 10077, 10023, 10008, 10009})
 """Codes after which the same bytes may be stored later: in process (10158, 10164), full (10077), no resources (10023),
 a cluster between two leaders (10008, 10009)."""
+_FULL = frozenset({10077, 10023})
+_SAY_FULL_EVERY_S = 10.0
 FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 2.0
 
 T = TypeVar("T")
@@ -29,10 +32,24 @@ async def patiently(bus: Bus, work: Callable[[], Awaitable[T]]) -> T:
         except (BusTimeout, BusUnavailable):
             pass
         except PublishRefused as error:
-            if error.code not in TRY_AGAIN:
-                raise
-            log.warning("bus.broker_refuses", reason=str(error), advice="nothing is lost, it is sent again")
+            note_refusal(bus, error)
         wait_s = await pause(bus, wait_s)
+
+
+def note_refusal(bus: Bus, error: PublishRefused) -> None:
+    """Raises the error again unless the same bytes may be stored later; a full store is said every few seconds."""
+    if error.code not in _TRY_AGAIN:
+        raise error
+    if error.code not in _FULL:
+        log.debug("bus.broker_refuses", reason=str(error))
+    elif time.monotonic() - bus.full_said_at > _SAY_FULL_EVERY_S:
+        bus.full_said_at = time.monotonic()
+        log.warning(
+            "bus.store_full",
+            reason=str(error),
+            advice="nothing is lost, all of it waits for room: purge old runs (matrix-bus runs, matrix-bus purge RUN), "
+            "or give the broker's store more (max_file_store)",
+        )
 
 
 async def pause(bus: Bus, wait_s: float = FIRST_WAIT_S) -> float:

@@ -25,6 +25,7 @@ from ..orchestrator import (
 )
 from ..payload import Payloads
 from ..registry import RunRecord
+from .pressure import Gauge
 
 _WINDOW = 1024
 """Publishes of a submitter that may wait for their confirmation at once."""
@@ -64,6 +65,7 @@ async def submit(
     accepted = rejected = seen = 0
     window = asyncio.Semaphore(_WINDOW)
     payloads = Payloads(bus, record.id)
+    gauge = Gauge(bus, record, lambda: patiently(bus, lambda: _require_active(bus, record.id)))
 
     async def put(n: int, body: bytes) -> None:
         try:
@@ -85,7 +87,6 @@ async def submit(
             if len(body) > record.config.io.offload_above_bytes:
                 body = ref_json(await payloads.put(body))  # one at a time: so many of them may be very large
             for trial in range(trials):
-                await window.acquire()
                 row = RowMessage(
                     input=Raw(body),
                     id=line.id,
@@ -93,7 +94,10 @@ async def submit(
                     submitted_at=time.time(),
                     schema=record.schema,
                 )
-                group.create_task(put(line.number * trials + trial, encode(row)))
+                message = encode(row)
+                await gauge.room_for(len(message))
+                await window.acquire()
+                group.create_task(put(line.number * trials + trial, message))
             accepted += 1
             if time.monotonic() - checked_at > _CHECK_S:
                 await patiently(bus, lambda: _require_active(bus, record.id))

@@ -7,7 +7,7 @@ ack is sent only after what makes the message unnecessary is stored.
 
 from __future__ import annotations
 
-from ..bus import FIRST_WAIT_S, TRY_AGAIN, Bus, fence, is_lost_race, patiently, pause
+from ..bus import FIRST_WAIT_S, Bus, fence, is_lost_race, note_refusal, patiently, pause
 from ..errors import BusError, BusTimeout, BusUnavailable, PublishRefused, RowError
 from ..orchestrator import (
     HEADER_CRASHES,
@@ -91,10 +91,11 @@ class Moves:
                 if is_lost_race(error):
                     if not await self.is_last(delivery) or await self.has_outcome(message.n, message.generation):
                         return False
-                elif error.code not in TRY_AGAIN:
-                    raise RowError(f"the broker does not take the row's next message: {error}") from None
                 else:
-                    log.warning("worker.broker_refuses", reason=str(error), advice="the hop is kept and sent again")
+                    try:
+                        note_refusal(self._bus, error)
+                    except PublishRefused:
+                        raise RowError(f"the broker does not take the row's next message: {error}") from None
             except (BusTimeout, BusUnavailable):
                 pass  # stored or not is unknown: the same bytes again, and the fence tells
             else:
@@ -147,9 +148,8 @@ class Moves:
                 # A full store refuses a first outcome and a taken subject a second one with codes that overlap.
                 if await self.has_outcome(delivery.n, generation):
                     break
-                if not is_lost_race(error) and error.code not in TRY_AGAIN:
-                    raise
-                log.warning("worker.broker_refuses", reason=str(error), advice="the outcome is kept and sent again")
+                if not is_lost_race(error):
+                    note_refusal(self._bus, error)
             except (BusTimeout, BusUnavailable):
                 pass
             if not stored:
