@@ -103,6 +103,8 @@ class Progress(Struct):
     """Rows in the queue and not admitted yet."""
     idle_roles: list[str]
     """Roles that no worker pulls for at this moment."""
+    queued: int = 0
+    """Messages in the queue, rows and hops: a few may be left for a moment after the last outcome."""
     retried: int = 0
     """How many times rows were sent again: `outcomes` counts the old ones too."""
 
@@ -339,8 +341,10 @@ async def progress(bus: Bus, record: RunRecord) -> Progress:
     try:
         lease = await bus.api(f"CONSUMER.INFO.{work_stream(record.id)}.{LEASE_ROLE}")
         counts.in_flight, counts.waiting = lease["num_ack_pending"], lease["num_pending"]
+        counts.queued = counts.in_flight + counts.waiting
         for role in record.roles:
             info = await bus.api(f"CONSUMER.INFO.{work_stream(record.id)}.{role}")
+            counts.queued += info["num_ack_pending"] + info["num_pending"]
             if info["num_waiting"] == 0 and info["num_ack_pending"] == 0:
                 counts.idle_roles.append(role)
     except PublishRefused as error:

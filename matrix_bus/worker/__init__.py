@@ -173,7 +173,7 @@ class Worker:
         served = [role for name, role in flow.roles.items() if not self._roles or name in self._roles]
         pools = {name: self._pool(record, name) for name in [LEASE_ROLE, *(role.name for role in served)]}
         try:
-            if (await registry.progress(self._bus, record)).done:
+            if _is_over(await registry.progress(self._bus, record)):
                 self._finished[record.id] = _rows_of(record)
                 return
             aliases = {record.config.alias_of(role.name, role.model) for role in served if role.wants_model}
@@ -243,12 +243,17 @@ class Worker:
                 if session.holds or time.monotonic() - session.touched_at < _FINISHED_CHECK_S:
                     continue
                 try:
-                    done = (await registry.progress(self._bus, session.record)).done
+                    over = _is_over(await registry.progress(self._bus, session.record))
                 except BusError:
                     continue
-                if done:
+                if over:
                     self._finished[run] = _rows_of(session.record)
                     await self._close(run)
+
+
+def _is_over(progress: registry.Progress) -> bool:
+    """Every row has its outcome, and what the dead have left in the queue is freed."""
+    return progress.done and not progress.queued
 
 
 def _rows_of(record: RunRecord) -> tuple[int | None, int]:
