@@ -115,19 +115,15 @@ class _Error(Struct):
     description: str = ""
 
 
-class _Found(Struct):
-    seq: int
-
-
 class _Answer(Struct):
-    """A PubAck or a message that was looked up."""
+    """What a publish is answered with."""
 
-    message: _Found | None = None
     error: _Error | None = None
 
 
 _answer = msgspec.json.Decoder(_Answer)
-_NO_MESSAGE = 10037
+_EXPECT = "Nats-Expected-Last-Subject-Sequence"
+_NEVER = str((1 << 63) - 1)
 Then = Callable[..., Awaitable[None]]
 
 
@@ -203,8 +199,8 @@ class Floor:
     def _fenced(self, message_id: str, seq: int, n: int) -> dict[str, str]:
         return {
             "Nats-Msg-Id": message_id,
-            "Nats-Expected-Last-Subject-Sequence": str(seq),
-            "Nats-Expected-Last-Subject-Sequence-Subject": f"q.{self._run}.*.{n}.*",
+            _EXPECT: str(seq),
+            f"{_EXPECT}-Subject": f"q.{self._run}.*.{n}.*",
         }
 
     async def _accepted(self, reply: Any) -> None:
@@ -213,12 +209,10 @@ class Floor:
 
     async def _row(self, message: Any) -> None:
         n = int(message.subject.split(".")[3])
-        query = msgspec.json.encode({"last_by_subj": f"out.{self._run}.{n}.0"})
-        await self._call(f"$JS.API.STREAM.MSG.GET.O_{self._run}", query, None, self._admitted, n, message.reply)
+        await self._call(f"out.{self._run}.{n}.0", b"", {_EXPECT: _NEVER}, self._admitted, n, message.reply)
 
     async def _admitted(self, reply: Any, n: int, lease: str) -> None:
-        error = _answer.decode(reply.data).error
-        assert error is not None and error.err_code == _NO_MESSAGE
+        assert _refused_with(reply) == 0
         await self._move(n, 1, _sequence(lease), lease, "")
 
     async def _move(self, n: int, hop: int, seq: int, lease: str, ack: str) -> None:
@@ -240,13 +234,12 @@ class Floor:
         if hop < len(self._sizes[n]) - 2:
             await self._move(n, hop + 1, _sequence(ack), lease, ack)
             return
-        query = msgspec.json.encode({"last_by_subj": f"q.{self._run}.*.{n}.*"})
-        await self._call(f"$JS.API.STREAM.MSG.GET.W_{self._run}", query, None, self._looked_up, n, lease, ack)
+        probe = {_EXPECT: _NEVER, f"{_EXPECT}-Subject": f"q.{self._run}.*.{n}.*"}
+        await self._call(f"q.{self._run}._.{n}.0", b"", probe, self._looked_up, n, lease, ack)
 
     async def _looked_up(self, reply: Any, n: int, lease: str, ack: str) -> None:
-        found = _answer.decode(reply.data).message
-        assert found is not None and found.seq == _sequence(ack)
-        headers = {"Nats-Msg-Id": f"{self._run}:{n}:0:-1:0", "Nats-Expected-Last-Subject-Sequence": "0"}
+        assert _refused_with(reply) == _sequence(ack)
+        headers = {"Nats-Msg-Id": f"{self._run}:{n}:0:-1:0", _EXPECT: "0"}
         body = self._filler[: self._sizes[n][-1]]
         await self._call(f"out.{self._run}.{n}.0", body, headers, self._ended, lease, ack)
 
@@ -264,6 +257,13 @@ class Floor:
 def _stored(reply: Any) -> None:
     error = _answer.decode(reply.data).error
     assert error is None, error
+
+
+def _refused_with(reply: Any) -> int:
+    """The sequence that a publish which had to be refused was told."""
+    error = _answer.decode(reply.data).error
+    assert error is not None, "a probe was stored"
+    return int(error.description.rpartition(" ")[2])
 
 
 def _sequence(ack: str) -> int:

@@ -67,9 +67,9 @@ class Bus:
         self.epoch = 0
         """Counts reconnects: what was pulled or heartbeated in an older epoch may be forgotten by the broker."""
         self.reconnected_at = -math.inf
-        self.full_said_at = -math.inf
-        """When it was last said that the broker's store is full, on the monotonic clock."""
         """On the monotonic clock."""
+        self.full_said_at = -math.inf
+        """When it was last said that the broker's store is full."""
         self._up = asyncio.Event()
         self._reconnected: list[Reconnected] = []
         self._inbox = client.new_inbox() + "."

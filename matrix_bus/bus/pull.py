@@ -7,6 +7,7 @@ is subtracted again.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable
@@ -57,8 +58,10 @@ class Lane:
         subscription, self._subscription = self._subscription, None
         if subscription is None or self._bus.nc.is_closed:
             return
+        draining = asyncio.ensure_future(subscription.drain())  # type: ignore[no-untyped-call]
         with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):  # disconnected: nothing more can come
-            await subscription.drain()  # type: ignore[no-untyped-call]
+            # Shielded: nats-py stops reading for good when the reply to a flush comes that was cancelled.
+            await asyncio.shield(draining)
 
     def room(self, wanted: int) -> int:
         """How many more to ask for so that `wanted` are under way. Forgets requests that the broker has lost."""

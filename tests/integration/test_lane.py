@@ -172,3 +172,18 @@ async def test_ack_nak_and_working_do_what_they_say(bus: Bus) -> None:
 def test_the_facts_of_a_delivery_are_read_from_both_forms_of_its_ack_subject() -> None:
     assert delivery_facts("$JS.ACK.W_r.solver.3.41.7.1700000000.0") == (3, 41)
     assert delivery_facts("$JS.ACK.hub.ACCOUNT.W_r.solver.3.41.7.1700000000.0.token") == (3, 41)
+
+
+async def test_a_close_that_is_cancelled_leaves_the_connection_alive(bus: Bus) -> None:
+    subject = unique("l")
+    stream = await work_stream_of(bus, subject)
+    for _ in range(20):
+        lane = Lane(bus, stream, "w", lambda _: None)
+        await lane.open()
+        closing = asyncio.create_task(lane.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait({closing})
+    await asyncio.sleep(0.1)
+    assert (await bus.publish(subject, b"still read")).seq == 1
+    assert bus.epoch == 0
