@@ -274,7 +274,8 @@ def private_cluster(directory: Path, nodes: int = 3, **settings: Any) -> list[Br
     return [
         Broker(
             directory / f"node-{number}",
-            cluster={"name": "private", "listen": f"127.0.0.1:{port}", "routes": routes},
+            # Clients know the nodes that they were told of, and no others: there may be a proxy in between.
+            cluster={"name": "private", "listen": f"127.0.0.1:{port}", "routes": routes, "no_advertise": True},
             **settings,
         )
         for number, port in enumerate(ports)

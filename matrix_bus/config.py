@@ -148,6 +148,8 @@ class LimitsConfig(_Group, frozen=True, kw_only=True):
     """Seconds from a row's admission to its end, waiting included."""
     hops: Positive | None = None
     """Handler deliveries of a row."""
+    attempts: Positive | None = None
+    """Handler calls of a row, those that failed and were tried again included."""
     tokens: Positive | None = None
     """Prompt and completion tokens of a row's model calls."""
     cost: Annotated[float, Meta(gt=0)] | None = None

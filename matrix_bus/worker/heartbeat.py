@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from ..bus import Bus
 from ..errors import BusError
@@ -15,9 +16,13 @@ _SPOKES = 16
 class Wheel:
     """Sends a heartbeat for each delivery on it every third of AckWait; adding and removing are O(1)."""
 
-    def __init__(self, bus: Bus, ack_wait_s: float) -> None:
+    def __init__(self, bus: Bus, ack_wait_s: float, on_overdue: Callable[[], None] = lambda: None) -> None:
+        """`on_overdue` is called when the wheel stood still for so long that others may have been given our hops."""
         self._bus = bus
         self._period_s = ack_wait_s / 3
+        self._overdue_s = ack_wait_s / 2
+        self._turned_at = time.monotonic()
+        self._on_overdue = on_overdue
         self._spokes: list[set[Delivery]] = [set() for _ in range(_SPOKES)]
         self._at = 0
 
@@ -32,10 +37,18 @@ class Wheel:
     def __len__(self) -> int:
         return sum(map(len, self._spokes))
 
+    @property
+    def overdue(self) -> bool:
+        """True if the process was stopped, or its loop blocked, and the wheel has not turned since."""
+        return time.monotonic() - self._turned_at > self._overdue_s
+
     async def turn(self) -> None:
         """Runs until cancelled. Outages are waited out: the broker counts AckWait from its own restart."""
         while True:
             await asyncio.sleep(self._period_s / _SPOKES)
+            if self.overdue:
+                self._on_overdue()
+            self._turned_at = time.monotonic()
             self._at = (self._at + 1) % _SPOKES
             if not self._bus.connected:
                 continue

@@ -31,6 +31,7 @@ def check(message: Orchestrator, limits: LimitsConfig, now: float) -> None:
     for name, value, most in (
         ("row_s", now - message.admitted_at, limits.row_s),
         ("hops", message.hop - 1, limits.hops),
+        ("attempts", message.calls, limits.attempts),
         ("tokens", tokens, limits.tokens),
         ("cost", used.cost, limits.cost),
     ):

@@ -14,7 +14,7 @@ from ..errors import BusError
 from .delivery import Delivery
 from .moves import Moves
 
-OWNER_ANSWERS_WITHIN_S = 0.1
+OWNER_ANSWERS_WITHIN_S = 0.3
 _OWNER_RETURNS_WITHIN_S = 2.0
 
 

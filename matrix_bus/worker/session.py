@@ -77,7 +77,7 @@ class Session:
         self._moves = Moves(bus, record.id)
         self._offload = Offload(bus, Payloads(bus, record.id), flow, record.config.io.offload_above_bytes)
         self._stop_rule = limits.StopRule(bus, record.id, record.config.limits)
-        self._wheel = Wheel(bus, record.config.ack_wait_s)
+        self._wheel = Wheel(bus, record.config.ack_wait_s, self._was_stopped)
         self._old_until = 0
         self._epoch = -1
         self._held: dict[int, Delivery] = {}
@@ -150,8 +150,9 @@ class Session:
     # --- arriving -----------------------------------------------------------------------------------------------
 
     def _receive(self, message: Msg) -> None:
-        # Until the queue's end is known again after a reconnect, everything counts as old.
-        delivery = Delivery(message, self._old_until if self._epoch == self._bus.epoch else _EVERYTHING)
+        # Until the queue's end is known again after a reconnect or a standstill, everything counts as old.
+        known = self._epoch == self._bus.epoch and not self._wheel.overdue
+        delivery = Delivery(message, self._old_until if known else _EVERYTHING)
         self.touched_at = delivery.beat_at
         if (held := self._held.get(delivery.seq)) is not None:
             held.ack_subject = delivery.ack_subject
@@ -364,6 +365,13 @@ class Session:
         """A restarted broker forgets delivery counts: all that is in the queue now may have been handled before."""
         await self._note_queue_end()
         self._pump.touch_all()
+
+    def _was_stopped(self) -> None:
+        """What waited for us in the socket meanwhile may have been given to others, and handled, in the first place."""
+        self._epoch = -1
+        task = self._loop.create_task(self._note_queue_end())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _note_queue_end(self) -> None:
         epoch = self._bus.epoch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import time
 from collections import Counter
 from functools import partial
@@ -211,6 +212,21 @@ def test_a_hop_that_kills_its_workers_ends_and_takes_no_other_with_it(shell: She
     assert (poisonous["id"], poisonous["outcome"], poisonous["reason"]) == ("7", "failed", "WorkerCrashed")
     assert poisonous["errors"][-1]["message"].startswith("5 workers died while they executed this hop of role 'write'")
     assert Calls(shell.calls).hops["7", "2"] == 5
+
+
+def test_what_reached_a_stopped_worker_and_was_done_by_others_is_not_done_again(shell: Shell, broker: Broker) -> None:
+    """It lies unread in the socket, looks like a first delivery, and is read when the process is woken up."""
+    (stopped,) = workers(shell, broker, 1)
+    submitter = shell.start(*submit_words(shell, broker, "max_in_flight=60"))
+    called(shell, 0.05)
+    stopped.signal(signal.SIGSTOP)
+    time.sleep(0.2)
+    workers(shell, broker, 1)
+    finish(submitter, shell)
+    stopped.signal(signal.SIGCONT)
+    stopped.signal(signal.SIGTERM)
+    assert stopped.ends(15) == 0
+    assert Calls(shell.calls).repeated <= 60, "what it was working on when it was stopped"
 
 
 @pytest.mark.parametrize("seed", [1])

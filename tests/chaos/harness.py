@@ -45,7 +45,7 @@ class Shape:
 class _Child:
     process: subprocess.Popen[bytes]
     words: list[str]
-    proxy: Proxy | None = None
+    proxies: list[Proxy] = field(default_factory=list)
     frozen: bool = False
 
     @property
@@ -84,7 +84,7 @@ class Harness:
     def _server(self) -> str:
         return ",".join(node.url for node in self._nodes)
 
-    def _start(self, words: Sequence[str], server: str, proxy: Proxy | None = None) -> _Child:
+    def _start(self, words: Sequence[str], server: str, proxies: Sequence[Proxy] = ()) -> _Child:
         module = "tests.chaos.sabotaged" if self.shape.sabotage else "matrix_bus"
         command = [sys.executable, "-m", module, *words, "--server", server]
         environment = {
@@ -98,15 +98,13 @@ class Harness:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        return _Child(process, list(words), proxy)
+        return _Child(process, list(words), list(proxies))
 
     def _start_worker(self) -> None:
         words = ["worker", "--workflow", str(FLOW), "--slots", "400", "--log-level", "info"]
-        if self.shape.cluster:
-            self._workers.append(self._start(words, self._server))
-            return
-        proxy = Proxy(self._nodes[0].port)
-        self._workers.append(self._start(words, f"nats://127.0.0.1:{proxy.port}", proxy))
+        proxies = [Proxy(node.port) for node in self._nodes]
+        server = ",".join(f"nats://127.0.0.1:{proxy.port}" for proxy in proxies)
+        self._workers.append(self._start(words, server, proxies))
 
     def _start_submitter(self) -> None:
         words = ["submit", str(self._data), "--workflow", str(FLOW), "--run", RUN, "--detach"]
@@ -121,8 +119,8 @@ class Harness:
         """Starts what has ended and must go on."""
         for worker in [worker for worker in self._workers if not worker.alive]:
             self._workers.remove(worker)
-            if worker.proxy is not None:
-                worker.proxy.close()
+            for proxy in worker.proxies:
+                proxy.close()
         while len(self._workers) < self.shape.workers:
             self._start_worker()
         if not self._submitted:
@@ -156,8 +154,8 @@ class Harness:
                     moved_at, before = time.monotonic(), now
                 if time.monotonic() - moved_at > self.shape.stalled_after_s:
                     break
-                if waiting and made >= waiting[0].at * self.shape.rows * 8:
-                    self._strike(waiting.pop(0))
+                if waiting and made >= waiting[0].at * self.shape.rows * 8 and self._strike(waiting[0]):
+                    waiting.pop(0)
                 time.sleep(_POLL_S)
             seconds = time.monotonic() - started
         finally:
@@ -182,47 +180,52 @@ class Harness:
         collector = self._collector
         return collector is not None and not collector.alive and collector.process.returncode == 0
 
-    def _strike(self, strike: Strike) -> None:
+    def _strike(self, strike: Strike) -> bool:
+        """False if its victim is not there at the moment: then it is carried out a little later."""
         victims: list[int] = []
-        match strike.action:
+        action = strike.action
+        if action == "kill submitter" and self._submitted:
+            action = "kill worker"  # it has ended for good
+        match action:
             case "kill worker" | "terminate worker" | "freeze worker":
                 candidates = [worker for worker in self._workers if worker.alive and not worker.frozen]
                 if not candidates:
-                    return
+                    return False
                 worker = candidates[int(strike.choice * len(candidates))]
-                victims = self._hit(worker, strike)
+                victims = self._hit(worker, action, strike.pause_s)
             case "cut connections":
                 for worker in self._workers:
-                    if worker.proxy is not None:
-                        worker.proxy.cut(strike.pause_s)
+                    for proxy in worker.proxies:
+                        proxy.cut(strike.pause_s)
             case "kill broker" | "kill leader":
                 if not all(self._is_up(node) for node in self._nodes):
-                    return  # one at a time: more is the loss of a majority
+                    return False  # one at a time: more is the loss of a majority
                 node = self._nodes[int(strike.choice * len(self._nodes))]
-                if strike.action == "kill leader":
+                if action == "kill leader":
                     node = self._leader() or node
                 node.kill()
                 self._later(strike.pause_s, node.start)
             case "kill submitter" | "kill collector":
-                child = self._submitter if strike.action == "kill submitter" else self._collector
+                child = self._submitter if action == "kill submitter" else self._collector
                 if child is None or not child.alive:
-                    return
+                    return False
                 child.process.kill()
                 child.process.wait()
-        self.blows.append(Blow(strike.action, time.time(), tuple(victims)))
+        self.blows.append(Blow(action, time.time(), tuple(victims)))
+        return True
 
-    def _hit(self, worker: _Child, strike: Strike) -> list[int]:
+    def _hit(self, worker: _Child, action: str, pause_s: float) -> list[int]:
         """The workers whose calls may be repeated: one that is asked to end finishes them."""
-        if strike.action == "terminate worker":
+        if action == "terminate worker":
             worker.process.send_signal(signal.SIGTERM)
             return []
-        if strike.action == "kill worker":
+        if action == "kill worker":
             worker.process.kill()
             worker.process.wait()
         else:
             worker.process.send_signal(signal.SIGSTOP)
             worker.frozen = True
-            self._later(strike.pause_s, lambda: self._thaw(worker))
+            self._later(pause_s, lambda: self._thaw(worker))
         return [worker.process.pid]
 
     def _thaw(self, worker: _Child) -> None:
@@ -269,8 +272,8 @@ class Harness:
                 child.process.kill()
                 child.process.wait()
         for worker in self._workers:
-            if worker.proxy is not None:
-                worker.proxy.close()
+            for proxy in worker.proxies:
+                proxy.close()
         for node in self._nodes:
             node.kill()
         record = {"shape": str(self.shape), "blows": [str(blow) for blow in self.blows]}

@@ -245,6 +245,20 @@ async def wheel(fake_bus: FakeBus) -> AsyncIterator[Wheel]:
     turning.cancel()
 
 
+async def test_a_wheel_that_stood_still_says_so_once_and_knows_it_before(fake_bus: FakeBus) -> None:
+    told: list[bool] = []
+    made = Wheel(cast(Bus, fake_bus), 0.4, lambda: told.append(made.overdue))
+    turning = asyncio.create_task(made.turn())
+    await asyncio.sleep(0.1)
+    assert not made.overdue
+    time.sleep(0.25)
+    assert made.overdue, "messages that are read before the wheel turns again count as old"
+    await asyncio.sleep(0.1)
+    turning.cancel()
+    assert told == [True]
+    assert not made.overdue
+
+
 async def test_adding_and_removing(fake_bus: FakeBus) -> None:
     wheel = Wheel(cast(Bus, fake_bus), ACK_WAIT_S)
     one, two = delivery(1), delivery(2)
