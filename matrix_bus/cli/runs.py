@@ -16,7 +16,7 @@ from ..telemetry import configure_logs
 from . import app
 from .common import LogLevel, OutputPath, RunArgument, Server, broker_url, go, say
 from .show import ProgressLine
-from .telling import interruptible, say_kept, worker_command
+from .telling import interruptible, paused_text, say_kept, worker_command
 
 
 @app.command()
@@ -48,7 +48,7 @@ def collect(
             await run.write_manifest(bus, record.id, output, tally, {})
             done = await registry.progress(bus, await registry.require(bus, run_id))
             of = f" of {done.total}" if done.total is not None else ", not sealed yet"
-            say(f"{written.lines}{of} outcomes of run {run_id} in {output}")
+            say(f"{tally.rows}{of} outcomes of run {run_id} in {output}")
 
     with interruptible(output):
         go(work())
@@ -97,9 +97,10 @@ async def _print_status(bus: Bus, record: RunRecord) -> None:
     progress = await registry.progress(bus, record)
     total = "not sealed yet" if progress.total is None else f"of {progress.total}"
     state = "complete" if progress.done else record.state
-    why = f" ({record.why})" if record.state == "paused" and record.why else ""
-    print(f"{record.id}  {state}{why}  {record.workflow}")
+    print(f"{record.id}  {state}  {record.workflow}")
     print(f"  outcomes {progress.outcomes} {total} · in flight {progress.in_flight} · waiting {progress.waiting}")
-    if progress.idle_roles and not progress.done:
+    if record.state == "paused":
+        print(f"  {paused_text(record)}")
+    elif progress.idle_roles and not progress.done:
         command = worker_command(record, progress.idle_roles)
         print(f"  no worker serves {', '.join(progress.idle_roles)}: {command}")

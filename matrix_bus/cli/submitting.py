@@ -28,7 +28,7 @@ from . import app
 from .common import LogJson, LogLevel, OutputPath, Server, WorkflowSpec, broker_url, embedded_model, go, say
 from .settings import ConfigDir, Words, load
 from .show import ProgressLine, progress_text, summary
-from .telling import interruptible, say_kept, submitting, worker_command
+from .telling import interruptible, paused_text, say_kept, submitting, worker_command
 
 _STATUS_EVERY_S = 1.0
 _SAY_MISSING_AFTER_S = 4.0
@@ -279,6 +279,7 @@ async def _status_line(
     async def keep_showing() -> None:
         missing_since = 0.0
         said: list[str] = []
+        paused: str | None = None
         child = worker
         while True:
             await asyncio.sleep(_STATUS_EVERY_S)
@@ -287,11 +288,19 @@ async def _status_line(
                 say(f"the worker ended with exit code {child.returncode}; the run is kept: start matrix-bus worker")
                 child = None
             try:
-                progress = await registry.progress(bus, await registry.require(bus, record.id))
+                now = await registry.require(bus, record.id)
+                progress = await registry.progress(bus, now)
             except BusError as error:
                 line.show(f"waiting for the broker: {error}")
                 continue
             line.show(progress_text(progress.total, progress.in_flight, progress.waiting, tally))
+            if now.state == "paused":
+                if paused != now.why:
+                    paused = now.why
+                    line.clear()
+                    say(paused_text(now))
+                continue
+            paused = None
             if not progress.idle_roles or progress.idle_roles == said:
                 missing_since = 0.0
                 continue

@@ -28,6 +28,15 @@ def worker_command(record: RunRecord, roles: list[str], spec: str = "FILE") -> s
     return " ".join(words) + _server_option()
 
 
+def paused_text(record: RunRecord) -> str:
+    """Why a run is held up, and what to do about it."""
+    server = _server_option()
+    return (
+        f"run {record.id} is paused: {record.why}\n"
+        f"  to let it go on: matrix-bus resume {record.id}{server} · to end it: matrix-bus cancel {record.id}{server}"
+    )
+
+
 def _server_option() -> str:
     """What a command in another terminal must be told to reach the same broker."""
     server = next((word for flag, word in itertools.pairwise(sys.argv) if flag == "--server"), "")

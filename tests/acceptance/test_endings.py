@@ -18,7 +18,9 @@ def test_pause_set_resume_and_retry(shell: Shell, broker: Broker) -> None:
     paused = shell.run("pause", "r", *server)
     assert (paused.returncode, "matrix-bus resume r" in paused.stderr) == (0, True), paused.stderr
     shell.start("worker", "-w", str(shell.flow), *server)
-    assert "paused (by hand)" in shell.run("status", "r", *server).stdout
+    status = shell.run("status", "r", *server).stdout
+    assert "run r is paused: by hand" in status
+    assert f"matrix-bus resume r --server {broker.url}" in status
     for words, said in (
         (("max_in_flight=many",), "'many' is not a number"),
         (("max_inflight=3",), "can be set while a run goes on"),
@@ -46,6 +48,23 @@ def test_pause_set_resume_and_retry(shell: Shell, broker: Broker) -> None:
     assert (manifest["rows"], manifest["outcomes"]) == (6, {"success": 6})
     assert shell.run("dead", "list", *server).stdout == ""
     assert "no dead letter 3" in shell.run("dead", "show", "3", *server).stderr
+
+
+def test_a_run_that_pauses_itself_tells_whoever_waits_for_it(shell: Shell, broker: Broker) -> None:
+    luck = "raise ValueError('no luck')\n    "
+    shell.flow.write_text(shell.flow.read_text().replace("row.state.path.append", f"{luck}row.state.path.append"))
+    words = ("-w", str(shell.flow), "--server", broker.url)
+    submitter = shell.start(
+        "submit", str(shell.dataset(400)), *words, "--run", "r", "limits.failed_window=20", "max_in_flight=5"
+    )
+    shell.start("worker", *words)
+    said = submitter.says("to let it go on: matrix-bus resume r")
+    assert "run r is paused: 20 of the last 20 outcomes failed: 20 error: ValueError" in said
+    assert "no luck" in said
+    assert "no worker serves" not in said
+    assert shell.run("cancel", "r", "--server", broker.url).returncode == 0
+    assert submitter.ends() == 0
+    assert "run r is complete" in submitter.said
 
 
 def test_cancel_then_collect_then_purge(shell: Shell, broker: Broker) -> None:
