@@ -67,7 +67,7 @@ def test_what_is_written_holds_what_was_set() -> None:
 def test_the_tree_holds_everything() -> None:
     tree = tree_of(RunConfig(roles={"a": RoleConfig(top_p=0.5)}))
     assert tree["roles"]["a"]["max_attempts"] == 5
-    assert (tree["llm"]["concurrency"], tree["io"]) == (64, {"offload_above_bytes": 65_536})
+    assert (tree["llm"]["concurrency"], tree["io"]["offload_above_bytes"]) == (64, 65_536)
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------

@@ -671,6 +671,17 @@ async def test_a_call_is_recorded(pool: ModelPool, server: Server) -> None:
     assert full_messages(history, 1) == chat
 
 
+async def test_a_call_that_has_a_price_costs_something(server: Server) -> None:
+    server.answers(200, completion("hello", usage={"prompt_tokens": 500, "completion_tokens": 100}))
+    priced = ModelPool(ModelConfig(model="m", prompt_price=2.0, completion_price=8.0), [server.url])
+    llm = llm_over(priced, [])
+    await llm.chat([user("hi")])
+    await llm.chat([user("hi")])
+    await priced.close()
+    assert llm.usage.cost == pytest.approx(2 * (500 * 2.0 + 100 * 8.0) / 1e6)
+    assert (llm.usage.prompt_tokens, llm.usage.completion_tokens, llm.usage.calls) == (1000, 200, 2)
+
+
 async def test_a_failed_call_is_recorded(pool: ModelPool, server: Server) -> None:
     server.answers(400, {"error": {"message": "no"}})
     history: list[bytes] = []

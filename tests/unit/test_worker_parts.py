@@ -20,15 +20,24 @@ from nats.aio.msg import Msg
 
 from matrix_bus.agent import Next, Outcome, Workflow, load_workflow, success
 from matrix_bus.bus import Bus, Lane, delivery_facts
-from matrix_bus.config import Sampling
-from matrix_bus.errors import BusUnavailable, EndpointGone, HandlerError, RateLimited, Retry, WorkerCrashed
+from matrix_bus.config import Sampling, parse_run
+from matrix_bus.errors import (
+    BusUnavailable,
+    EndpointGone,
+    HandlerError,
+    LimitReached,
+    RateLimited,
+    Retry,
+    WorkerCrashed,
+)
 from matrix_bus.llm import LLM
-from matrix_bus.orchestrator import Orchestrator, RowMessage, admit
+from matrix_bus.orchestrator import Orchestrator, RowMessage, Usage, admit
 from matrix_bus.worker import watchdog as watchdog_module
 from matrix_bus.worker.delivery import Delivery
 from matrix_bus.worker.failure import backoff_s
 from matrix_bus.worker.handlers import Caller, Executors
 from matrix_bus.worker.heartbeat import Wheel
+from matrix_bus.worker.limits import check
 from matrix_bus.worker.pulling import Pool, Pump, Share
 from matrix_bus.worker.watchdog import Watchdog
 
@@ -611,3 +620,36 @@ async def test_the_pump_ends_when_it_is_cancelled_in_the_moment_it_is_woken() ->
     task.cancel()
     await asyncio.wait({task}, timeout=5)
     assert task.cancelled()
+
+
+# --- limits of a row ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "said"),
+    [
+        ("row_s", 100.0, None),
+        ("row_s", 50.0, "limits.row_s=50, with 50"),
+        ("hops", 4, None),
+        ("hops", 3, "limits.hops=3, with 3"),
+        ("attempts", 6, None),
+        ("attempts", 5, "limits.attempts=5, with 5"),
+        ("tokens", 1301, None),
+        ("tokens", 1300, "limits.tokens=1300, with 1300"),
+        ("cost", 0.0123, None),
+        ("cost", 0.012, "limits.cost=0.012, with 0.012"),
+    ],
+)
+def test_a_row_that_has_reached_a_limit(limit: str, value: float, said: str | None) -> None:
+    message = admit(RowMessage(input=msgspec.Raw(b"{}"), id="0", seed=0, submitted_at=0.0), "r", 0, "a", b"", 1000.0)
+    message.hop, message.calls = 4, 5
+    message.usage = {
+        "a": Usage(calls=2, prompt_tokens=1000, completion_tokens=100, cost=0.01),
+        "b": Usage(calls=1, prompt_tokens=150, completion_tokens=50, cost=0.002),
+    }
+    limits = parse_run({"limits": {limit: value}}).limits
+    if said is None:
+        check(message, limits, 1050.0)
+    else:
+        with pytest.raises(LimitReached, match=said.replace(".", r"\.")):
+            check(message, limits, 1050.0)
