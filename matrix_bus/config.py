@@ -67,6 +67,10 @@ class ModelConfig(Sampling, frozen=True, kw_only=True):
     """Calls in flight per endpoint and worker process; the rest wait in line without their timeout running."""
     timeout_s: Seconds = 600.0
     """From the moment a call is sent."""
+    patience_s: Annotated[float, Meta(ge=0, le=30 * 86_400)] = 600.0
+    """How long a call waits for a server to come back when none answers, before it fails and its hop is retried."""
+    sticky: bool = True
+    """Calls of one row go to the same replica, which has the beginning of the row's prompts in its prefix cache."""
 
     @property
     def server(self) -> ModelConfig:

@@ -97,9 +97,14 @@ class EndpointGone(ModelError):
 
     transient = True
 
+    def __init__(self, message: str, answered: bool = False) -> None:
+        super().__init__(message)
+        self.answered = answered
+        """True for a 5xx: it is there, and may answer other requests."""
+
 
 class RateLimited(ModelError):
-    """The endpoint answered 429. `retry_after_s` is what it asked for, if it did."""
+    """The endpoint answered 429 or 503: it is busy. `retry_after_s` is what it asked for, if it did."""
 
     transient = True
 
@@ -145,6 +150,10 @@ class RowError(MatrixBusError):
 
 class LimitReached(MatrixBusError):
     """The row has gone on for as long as the run's `limits` allow."""
+
+
+class StructureInvalid(ModelError):
+    """A reply does not fit the type that `llm.parse` was asked for, nor does the one after it was told so."""
 
 
 class HandlerError(MatrixBusError):

@@ -2,9 +2,10 @@
 
 from ..orchestrator import Usage
 from .client import LLM, Model
+from .endpoint import Endpoint
 from .history import SEGMENT_MARK, Call, read_segment, segment_body, with_segment
 from .messages import ChatRequest, Message, Reply, assistant, system, tool, user
-from .pool import Endpoint, ModelPool
+from .pool import ModelPool
 from .scripted import Responder, ScriptedModels
 
 __all__ = (

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
+from collections.abc import AsyncIterator
 
 import aiohttp
 import msgspec
 
 from .edge import CONNECT_TIMEOUT_S, MODELS_TIMEOUT_S, Edge
-from .messages import ChatRequest, Reply
+from .messages import SESSION_HEADER, ChatRequest, OnText, Reply
+from .streaming import MOST_BYTES, events_of, read_stream
 
 _ENCODER = msgspec.json.Encoder()
 # uvicorn, which serves vLLM and SGLang, closes a connection after 5 idle seconds. Letting go of it first
@@ -61,20 +64,32 @@ class DirectTransport:
         self._session.enter()
         self._closed = False
 
-    async def complete(self, request: ChatRequest, timeout_s: float) -> Reply:
+    async def complete(self, request: ChatRequest, timeout_s: float, on_text: OnText | None = None) -> Reply:
         """Send one call; raises the `ModelError` that fits what went wrong."""
-        body = _ENCODER.encode(request.body())
+        model = request.model
+        body = _ENCODER.encode(request.body(stream=on_text is not None))
         started = time.perf_counter()
-        status, retry_after, answer = await self._exchange("POST", request.model, body, timeout_s)
-        if status >= 400:
-            raise await self._edge.refusal(request.model, status, retry_after, answer, self.models)
-        return self._edge.reply(request.model, answer, time.perf_counter() - started)
+        async with self._exchange("POST", model, body, timeout_s, request.session) as response:
+            if response.status >= 400:
+                retry_after = response.headers.get("Retry-After")
+                raise await self._edge.refusal(
+                    model, response.status, retry_after, await self._read(response, model), self.models
+                )
+            if on_text is not None and response.content_type == "text/event-stream":
+                events = events_of(response.content.iter_any())
+                return await read_stream(self._edge, model, events, on_text, started)
+            answer = await self._read(response, model)
+        reply = self._edge.reply(model, answer, time.perf_counter() - started)
+        if on_text is not None:  # a server that does not stream: all of it is one piece
+            on_text(reply.text)
+        return reply
 
     async def models(self) -> list[str]:
         """The names of the models that the server has; raises as `complete` does."""
-        status, retry_after, answer = await self._exchange("GET", "", b"", MODELS_TIMEOUT_S)
-        if status >= 400:
-            raise await self._edge.refusal("", status, retry_after, answer)
+        async with self._exchange("GET", "", b"", MODELS_TIMEOUT_S) as response:
+            answer = await self._read(response, "")
+            if response.status >= 400:
+                raise await self._edge.refusal("", response.status, response.headers.get("Retry-After"), answer)
         return self._edge.model_names(answer)
 
     async def close(self) -> None:
@@ -83,7 +98,21 @@ class DirectTransport:
             self._closed = True
             await self._session.leave()
 
-    async def _exchange(self, method: str, model: str, body: bytes, timeout_s: float) -> tuple[int, str | None, bytes]:
+    async def _read(self, response: aiohttp.ClientResponse, model: str) -> bytes:
+        """The whole body, unless it never ends."""
+        if response.content_length is not None and response.content_length <= MOST_BYTES:
+            return await response.read()
+        body = bytearray()
+        async for block in response.content.iter_any():
+            body += block
+            if len(body) > MOST_BYTES:
+                raise self._edge.invalid(model, f"it is longer than {MOST_BYTES >> 20} MiB", bytes(body[:2000]))
+        return bytes(body)
+
+    @contextlib.asynccontextmanager
+    async def _exchange(
+        self, method: str, model: str, body: bytes, timeout_s: float, session: str = ""
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         if self._closed:
             raise self._edge.gone(model, "this worker has closed it")
         try:
@@ -92,10 +121,10 @@ class DirectTransport:
                 self._chat_url if method == "POST" else self._models_url,
                 # aiohttp writes plain bytes in one go and warns when they are many.
                 data=(body if len(body) <= _LARGE_BYTES else io.BytesIO(body)) or None,
-                headers=self._headers,
+                headers={**self._headers, SESSION_HEADER: session} if session else self._headers,
                 timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S),
             ) as response:
-                return response.status, response.headers.get("Retry-After"), await response.read()
+                yield response
         except aiohttp.ConnectionTimeoutError as error:
             raise self._edge.gone(model, error) from error
         except TimeoutError as error:

@@ -49,14 +49,20 @@ class Edge:
     def reply(self, model: str, body: bytes, latency_s: float) -> Reply:
         """The completion in `body`; raises `ReplyInvalid` if there is none."""
         try:
-            completion = _COMPLETION.decode(body)
+            completion = COMPLETION.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise self._invalid(model, str(error), body) from None
+            raise self.invalid(model, str(error), body) from None
+        return self.reply_of(model, completion, body, latency_s)
+
+    def reply_of(
+        self, model: str, completion: Completion, body: bytes, latency_s: float, first_s: float = 0.0
+    ) -> Reply:
+        """The reply that a completion stands for; raises `ReplyInvalid` if it has no choices."""
         if not completion.choices:
-            raise self._invalid(model, "it has no choices", body)
+            raise self.invalid(model, "it has no choices", body)
         first = completion.choices[0]
         said = first.message
-        usage = completion.usage or _Usage()
+        usage = completion.usage or TokenUsage()
         details = usage.prompt_tokens_details or _Details()
         return Reply(
             text=said.content or "",
@@ -69,6 +75,7 @@ class Edge:
             logprobs=first.logprobs,
             choices=[choice.message.content or "" for choice in completion.choices],
             latency_s=latency_s,
+            first_s=first_s,
         )
 
     def model_names(self, body: bytes) -> list[str]:
@@ -76,7 +83,7 @@ class Edge:
         try:
             return [entry.id for entry in _MODELS.decode(body).data]
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise self._invalid("the list of models", str(error), body) from None
+            raise self.invalid("the list of models", str(error), body) from None
 
     def gone(self, model: str, why: object) -> EndpointGone:
         """The connection could not be made or did not last."""
@@ -110,12 +117,12 @@ class Edge:
                 f"{where}: the key is missing, wrong or not allowed to use the model; check the environment "
                 "variable that the model's api_key_env names, in the worker's environment"
             )
-        if status == 429:
+        if status in {429, 503}:
             wait_s = _seconds(retry_after)
             asks = "" if wait_s is None else f" and asks to wait {wait_s:g} s"
             return RateLimited(f"{where}{asks}: {said}; lower the model's concurrency if it persists", wait_s)
         if status >= 500:
-            return EndpointGone(f"{where}: {said}; see the server's log")
+            return EndpointGone(f"{where}: {said}; see the server's log", answered=True)
         if _CONTEXT.search(body.decode(errors="replace")):
             return ContextLengthExceeded(
                 f"{where}: {said}; shorten the prompt, lower max_tokens or serve the model with a longer context"
@@ -124,7 +131,8 @@ class Edge:
             return ModelNotFound(f"{where}: {said}; {await _advice(models)}")
         return ModelRefused(f"{where}: {said}; the same request will be refused again, so change it")
 
-    def _invalid(self, model: str, why: str, body: bytes) -> ReplyInvalid:
+    def invalid(self, model: str, why: str, body: bytes) -> ReplyInvalid:
+        """The server said something else."""
         found = self._excerpt(body[:2000].decode(errors="replace"))
         return ReplyInvalid(
             f"the reply of {self._url} (model {model!r}) is not a chat completion: {why}; "
@@ -180,28 +188,28 @@ class _Details(Struct):
     cached_tokens: int | None = None
 
 
-class _Usage(Struct):
+class TokenUsage(Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
 
 
-class _Said(Struct):
+class Said(Struct):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
 
 
-class _Choice(Struct):
-    message: _Said
+class Choice(Struct):
+    message: Said
     finish_reason: str | None = None
     logprobs: dict[str, Any] | None = None
 
 
-class _Completion(Struct):
-    choices: list[_Choice]
-    usage: _Usage | None = None
+class Completion(Struct):
+    choices: list[Choice]
+    usage: TokenUsage | None = None
     model: str | None = None
 
 
@@ -213,5 +221,5 @@ class _Models(Struct):
     data: list[_ModelEntry]
 
 
-_COMPLETION = msgspec.json.Decoder(_Completion)
+COMPLETION = msgspec.json.Decoder(Completion)
 _MODELS = msgspec.json.Decoder(_Models)

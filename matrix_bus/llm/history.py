@@ -60,6 +60,8 @@ class Call(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Time in line for an endpoint."""
     latency_s: float = 0.0
     """The rest: sending the call, and the server's work on it."""
+    first_s: float = 0.0
+    """Until the first piece of a streamed reply."""
     hop: int = 0
     attempt: int = 0
     error: Failure | None = None

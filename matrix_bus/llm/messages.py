@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 from msgspec import Struct
@@ -60,6 +60,8 @@ class Reply(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The texts of all choices, in the server's order: as many as `extra={"n": …}` asked for, else one."""
     latency_s: float = 0.0
     """From the moment that the call was sent until the reply was read; no time in line."""
+    first_s: float = 0.0
+    """Until the first piece of a streamed reply; 0 if it was not streamed."""
 
 
 class ChatRequest(Struct, frozen=True):
@@ -68,10 +70,13 @@ class ChatRequest(Struct, frozen=True):
     model: str
     messages: Sequence[Message]
     sampling: Sampling = Sampling()
+    session: str = ""
+    """The same for all calls of a row, where calls should find the replica that has the row's prefix."""
 
-    def body(self) -> dict[str, Any]:
+    def body(self, *, stream: bool = False) -> dict[str, Any]:
         """The body to encode as JSON."""
-        return {**sent(self.sampling), "model": self.model, "messages": self.messages}
+        streaming = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        return {**sent(self.sampling), "model": self.model, "messages": self.messages, **streaming}
 
 
 def sent(sampling: Sampling) -> dict[str, Any]:
@@ -80,11 +85,21 @@ def sent(sampling: Sampling) -> dict[str, Any]:
     return {**(sampling.extra or {}), **{name: value for name, value in plain.items() if value is not None}}
 
 
+SESSION_HEADER = "X-Session-ID"
+"""For routers in front of replicas: what they may hash to keep a row's calls together."""
+
+OnText = Callable[[str], None]
+"""Takes a piece of a streamed text. What it raises ends the call."""
+
+
 class Transport(Protocol):
     """How one endpoint is called. What goes wrong is raised as a `ModelError`, never as a foreign error."""
 
-    async def complete(self, request: ChatRequest, timeout_s: float) -> Reply:
-        """Send one call; `timeout_s` covers all of it, from connecting to the last byte of the reply."""
+    async def complete(self, request: ChatRequest, timeout_s: float, on_text: OnText | None = None) -> Reply:
+        """Send one call; `timeout_s` covers all of it, from connecting to the last byte of the reply.
+
+        With `on_text` the reply is streamed, and each piece of its text is given to it as it comes.
+        """
         ...
 
     async def models(self) -> list[str]:

@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
+import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
 
 import msgspec
 
 from ..config import ModelConfig
-from ..errors import ConfigError, EndpointGone, ModelAccessDenied, ModelError, ModelNotFound, ModelRefused
-from .messages import ChatRequest, Reply, Transport
+from ..errors import (
+    ConfigError,
+    EndpointGone,
+    ModelAccessDenied,
+    ModelError,
+    ModelNotFound,
+    ModelRefused,
+    ModelTimeout,
+    RateLimited,
+)
+from ..telemetry import logger
+from .endpoint import Endpoint
+from .messages import ChatRequest, OnText, Reply, Transport
 
-_DOWN_FIRST_S = 2.0
-_DOWN_LONGEST_S = 30.0
+_ERRORS_MOST = 3
+"""Server errors that one call may cause: a request that breaks servers must not go round all of them."""
+_SAY_WAITING_EVERY_S = 30.0
+_BOUND = 1.25
+"""How much more than its share a replica may hold because of rows that stick to it."""
 
-
-class Endpoint:
-    """One replica: at most `cap` calls are under way to it."""
-
-    def __init__(self, url: str, transport: Transport, cap: int) -> None:
-        self.url = url
-        self.transport = transport
-        self.cap = cap
-        self.outstanding = 0
-        self.down_until = 0.0
-        """On the event loop's clock; until then it gets calls only if no other endpoint is up."""
-        self.failures = 0
-        """How often in a row it was marked as down."""
-        self.last_used = 0
-        """Breaks ties, so that many workers with little to do do not all call the same replica."""
-        self.timer: asyncio.TimerHandle | None = None
-
-    def up(self, now: float) -> bool:
-        """Whether it may be called as far as we know."""
-        return now >= self.down_until
+log = logger("llm")
 
 
 class Flight:
@@ -55,6 +53,16 @@ class Flight:
 _Tried = frozenset[Endpoint]
 
 
+class _Caller:
+    """Somebody in line."""
+
+    __slots__ = ("seat", "session")
+
+    def __init__(self, session: str) -> None:
+        self.seat: asyncio.Future[Endpoint | None] = asyncio.get_running_loop().create_future()
+        self.session = session
+
+
 class ModelPool:
     """Calls one model at any of its endpoints, `config.concurrency` calls at a time each.
 
@@ -62,17 +70,22 @@ class ModelPool:
     belongs to one event loop. While it has no endpoints, callers wait for `set_urls` to bring one.
     """
 
-    def __init__(self, config: ModelConfig, urls: Sequence[str], api_key: str | None = None) -> None:
-        """Raises `ConfigError` for a URL that is not http(s)."""
+    def __init__(
+        self, config: ModelConfig, urls: Sequence[str] | Mapping[str, float], api_key: str | None = None
+    ) -> None:
+        """`urls` may have capacities beside them. Raises `ConfigError` for a URL that is not http(s)."""
         self.model = config.model
         """The name that the servers know the model by."""
+        self.guided = True
+        """Whether its servers take a JSON schema, as far as is known."""
         self._config = config
         self._api_key = api_key.strip() if api_key else None
         self._transports = _factory(config, self._api_key)
         self._endpoints: list[Endpoint] = []
         # One line per set of endpoints tried in vain: nobody stands behind a caller who waits for an endpoint
         # that he could do without.
-        self._lines: dict[_Tried, deque[asyncio.Future[Endpoint | None]]] = {frozenset(): deque()}
+        self._lines: dict[_Tried, deque[_Caller]] = {frozenset(): deque()}
+        self._said_waiting_at = -math.inf
         self._ticks = itertools.count(1)
         self._draining: set[Endpoint] = set()
         self._closing: set[asyncio.Task[None]] = set()
@@ -87,57 +100,86 @@ class ModelPool:
     @property
     def waiting(self) -> int:
         """How many callers stand in line."""
-        return sum(not caller.done() for line in self._lines.values() for caller in line)
+        return sum(not caller.seat.done() for line in self._lines.values() for caller in line)
 
-    def set_urls(self, urls: Sequence[str]) -> None:
+    def set_urls(self, urls: Sequence[str] | Mapping[str, float]) -> None:
         """Replace the endpoints: those that stay keep their calls, those that go finish theirs.
 
         Raises `ConfigError` for a URL that is not http(s).
         """
         if self._closed:
             return
-        wanted = list(dict.fromkeys(url.rstrip("/") for url in urls))
-        for url in wanted:
+        capacities = {url.rstrip("/"): urls[url] if isinstance(urls, Mapping) else 1.0 for url in urls}
+        for url in capacities:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(f"{url!r} is not the URL of a server; it must look like http://host:8000/v1")
-        kept = {endpoint.url: endpoint for endpoint in self._endpoints if endpoint.url in wanted}
+        kept = {endpoint.url: endpoint for endpoint in self._endpoints if endpoint.url in capacities}
         gone = [endpoint for endpoint in self._endpoints if endpoint.url not in kept]
+        wanted = list(capacities)
         random.shuffle(wanted)
         self._endpoints = [
             kept.get(url) or Endpoint(url, self._transports(url), self._config.concurrency) for url in wanted
         ]
+        for endpoint in self._endpoints:
+            endpoint.capacity = capacities[endpoint.url]
         for endpoint in gone:
             self._retire(endpoint)
         self._serve()
 
-    async def complete(self, request: ChatRequest, flight: Flight | None = None) -> tuple[Reply, float]:
+    async def complete(
+        self, request: ChatRequest, flight: Flight | None = None, on_text: OnText | None = None
+    ) -> tuple[Reply, float]:
         """The reply, and the seconds spent in line for it; `flight`, if given, is kept up to date on the way.
 
-        A call whose endpoint is gone is tried once at each of the others. Raises the last `EndpointGone`, or
-        any other `ModelError` at once.
+        A call whose endpoint is gone is tried at each of the others, and waits for one to come back for up to
+        `patience_s`; one whose endpoint is busy goes elsewhere, or waits as long as it is asked to. Raises the last
+        `EndpointGone` or `RateLimited`, or any other `ModelError` at once.
         """
         flight = flight or Flight()
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + self._config.patience_s
         tried: _Tried = frozenset()
+        errors = 0
         while True:
             queued = time.perf_counter()
             try:
-                endpoint = await self._seat(tried)
+                endpoint = await self._seat(tried, request.session)
             finally:
                 flight.wait_s += time.perf_counter() - queued
             if endpoint is None:
                 raise EndpointGone(f"the calls of model {self.model!r} are closed in this worker; try another one")
             flight.endpoint = endpoint.url
             try:
-                reply = await endpoint.transport.complete(request, self._config.timeout_s)
-                endpoint.failures, endpoint.down_until = 0, 0.0
+                reply = await endpoint.transport.complete(request, self._config.timeout_s, on_text)
+                endpoint.went_well(reply.latency_s, reply.usage.completion_tokens, loop.time())
                 return self._priced(reply), flight.wait_s
-            except EndpointGone:
-                self._mark_down(endpoint)
-                tried |= {endpoint}
-                if self._closed or tried.issuperset(self._endpoints):
+            except RateLimited as error:
+                self._look_again(endpoint, functools.partial(endpoint.push_back, error.retry_after_s))
+                if self._closed or endpoint.down_until > give_up_at:
                     raise
+            except ModelTimeout:
+                endpoint.limit.push_back(endpoint.outstanding, loop.time())
+                raise
+            except EndpointGone as error:
+                self._look_again(endpoint, endpoint.answered_with_error if error.answered else endpoint.gone)
+                errors += error.answered
+                tried |= {endpoint}
+                all_tried = tried.issuperset(self._endpoints)
+                if self._closed or errors >= _ERRORS_MOST:
+                    raise
+                if all_tried and (error.answered or loop.time() >= give_up_at):
+                    raise
+                if all_tried:
+                    tried = frozenset()
+                    self._say_waiting(error)
             finally:
                 self._leave(endpoint)
+
+    def _say_waiting(self, error: EndpointGone) -> None:
+        now = time.monotonic()
+        if now - self._said_waiting_at > _SAY_WAITING_EVERY_S:
+            self._said_waiting_at = now
+            log.warning("llm.no_endpoint_answers", model=self.model, waiting=self.waiting + 1, error=str(error))
 
     def _priced(self, reply: Reply) -> Reply:
         prompt, completion = self._config.prompt_price, self._config.completion_price
@@ -175,14 +217,14 @@ class ModelPool:
         self._serve()
         await asyncio.gather(*(endpoint.transport.close() for endpoint in left), *self._closing)
 
-    async def _seat(self, tried: _Tried) -> Endpoint | None:
-        caller: asyncio.Future[Endpoint | None] = asyncio.get_running_loop().create_future()
+    async def _seat(self, tried: _Tried, session: str) -> Endpoint | None:
+        caller = _Caller(session if self._config.sticky else "")
         self._lines.setdefault(tried, deque()).append(caller)
         self._serve()
         try:
-            return await caller
+            return await caller.seat
         except asyncio.CancelledError:
-            if caller.done() and not caller.cancelled() and (endpoint := caller.result()):
+            if caller.seat.done() and not caller.seat.cancelled() and (endpoint := caller.seat.result()):
                 self._leave(endpoint)  # the seat was given in the same instant
             raise
 
@@ -191,34 +233,34 @@ class ModelPool:
         for tried in sorted(self._lines, key=len, reverse=True):
             line = self._lines[tried]
             while line:
-                if line[0].done():  # cancelled while in line
+                if line[0].seat.done():  # cancelled while in line
                     line.popleft()
                 elif self._closed:
-                    line.popleft().set_result(None)
-                elif endpoint := self._free(tried):
+                    line.popleft().seat.set_result(None)
+                elif endpoint := self._free(tried, line[0].session):
                     endpoint.outstanding += 1
                     endpoint.last_used = next(self._ticks)
-                    line.popleft().set_result(endpoint)
+                    line.popleft().seat.set_result(endpoint)
                 else:
                     break
             if tried and not line:
                 del self._lines[tried]
 
-    def _free(self, tried: _Tried) -> Endpoint | None:
-        if not self._endpoints:
-            return None
+    def _free(self, tried: _Tried, session: str) -> Endpoint | None:
         now = asyncio.get_running_loop().time()
         # If the set changed and nothing untried is left, anything new is better than nothing.
         others = [endpoint for endpoint in self._endpoints if endpoint not in tried] or self._endpoints
-        best = min(
-            [endpoint for endpoint in others if endpoint.up(now)] or others,
-            key=lambda endpoint: (
-                endpoint.outstanding >= endpoint.cap,
-                endpoint.outstanding,
-                endpoint.last_used,
-            ),
-        )
-        return best if best.outstanding < best.cap else None
+        free = [endpoint for endpoint in others if endpoint.has_room(now)]
+        if not free:
+            return None
+        if session and len(self._endpoints) > 1:
+            # Rendezvous hashing (Thaler and Ravishankar, 1998) with bounded loads (Mirrokni and others, 2018): a row's
+            # calls find the replica that has its prefix, unless that has a quarter more to do than its share.
+            share = (sum(e.outstanding for e in self._endpoints) + 1) / sum(e.capacity for e in self._endpoints)
+            near = [endpoint for endpoint in free if endpoint.outstanding < _BOUND * share * endpoint.capacity]
+            if near:
+                return max(near, key=lambda endpoint: _score(session, endpoint))
+        return min(free, key=lambda endpoint: (endpoint.load, endpoint.last_used))
 
     def _leave(self, endpoint: Endpoint) -> None:
         endpoint.outstanding -= 1
@@ -226,15 +268,14 @@ class ModelPool:
             self._retire(endpoint)
         self._serve()
 
-    def _mark_down(self, endpoint: Endpoint) -> None:
+    def _look_again(self, endpoint: Endpoint, note: Callable[[float], None]) -> None:
+        """Notes what happened to an endpoint, and serves the lines when it may be called again."""
         loop = asyncio.get_running_loop()
-        # Calls that were sent before it went down all fail at once and must count as one failure.
-        if len(self._endpoints) == 1 or endpoint not in self._endpoints or not endpoint.up(loop.time()):
-            return
-        pause_s = min(_DOWN_LONGEST_S, _DOWN_FIRST_S * 2**endpoint.failures) * random.uniform(0.75, 1.25)
-        endpoint.failures += 1
-        endpoint.down_until = loop.time() + pause_s
-        endpoint.timer = loop.call_at(endpoint.down_until, self._serve)
+        note(loop.time())
+        if endpoint in self._endpoints and endpoint.down_until > loop.time():
+            if endpoint.timer:
+                endpoint.timer.cancel()
+            endpoint.timer = loop.call_at(endpoint.down_until, self._serve)
 
     def _retire(self, endpoint: Endpoint) -> None:
         if endpoint.timer:
@@ -258,3 +299,9 @@ def _factory(config: ModelConfig, api_key: str | None) -> Callable[[str], Transp
 
     session = Session()
     return lambda url: DirectTransport(url, api_key, session)
+
+
+def _score(session: str, endpoint: Endpoint) -> float:
+    """Weighted rendezvous: the replica with the highest score has the session, in proportion to capacities."""
+    digest = blake2b(f"{session} {endpoint.url}".encode(), digest_size=8).digest()
+    return -endpoint.capacity / math.log((int.from_bytes(digest, "big") + 1) / 2**64)

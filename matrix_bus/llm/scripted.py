@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from ..errors import HandlerError
 from ..orchestrator import Usage
-from .messages import ChatRequest, Reply
+from .messages import ChatRequest, OnText, Reply
 from .pool import Flight
 
 Answer = str | Reply | Exception
@@ -52,9 +52,12 @@ class ScriptedModel:
 
     def __init__(self, model: str, answer: Callable[[ChatRequest], Awaitable[Answer]]) -> None:
         self.model = model
+        self.guided = True
         self._answer = answer
 
-    async def complete(self, request: ChatRequest, flight: Flight) -> tuple[Reply, float]:
+    async def complete(
+        self, request: ChatRequest, flight: Flight, on_text: OnText | None = None
+    ) -> tuple[Reply, float]:
         """The scripted reply, after no time in line. Raises the scripted exception."""
         flight.endpoint = ENDPOINT
         answer = await self._answer(request)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections.abc import Awaitable
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Awaitable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from .edge import CONNECT_TIMEOUT_S, MODELS_TIMEOUT_S, Edge
-from .messages import ChatRequest, Reply
+from .messages import ChatRequest, OnText, Reply
+from .streaming import read_stream
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI, RequestOptions
+    from openai import AsyncOpenAI, AsyncStream, RequestOptions
+
+T = TypeVar("T")
 
 
 class SdkTransport:
@@ -25,10 +29,12 @@ class SdkTransport:
         self._options = _options(api_key)
         self._closed = False
 
-    async def complete(self, request: ChatRequest, timeout_s: float) -> Reply:
+    async def complete(self, request: ChatRequest, timeout_s: float, on_text: OnText | None = None) -> Reply:
         """Send one call; raises the `ModelError` that fits what went wrong."""
-        body = msgspec.to_builtins(request.body())
+        body = msgspec.to_builtins(request.body(stream=on_text is not None))
         started = time.perf_counter()
+        if on_text is not None:
+            return await self._exchange(self._stream(request.model, body, on_text, started), request.model, timeout_s)
         # Plain bytes: the reply is read by the decoder that the direct transport uses, not by pydantic.
         call = self._client.post("/chat/completions", cast_to=bytes, body=body, options=self._options)
         answer = await self._exchange(call, request.model, timeout_s)
@@ -44,7 +50,14 @@ class SdkTransport:
         self._closed = True
         await self._client.close()
 
-    async def _exchange(self, call: Awaitable[bytes], model: str, timeout_s: float) -> bytes:
+    async def _stream(self, model: str, body: Any, on_text: OnText, started: float) -> Reply:
+        stream = await self._client.post(
+            "/chat/completions", cast_to=bytes, body=body, options=self._options, stream=True, stream_cls=_events()
+        )
+        async with stream:
+            return await read_stream(self._edge, model, aiter(stream), on_text, started)
+
+    async def _exchange(self, call: Awaitable[T], model: str, timeout_s: float) -> T:
         import openai
 
         try:
@@ -69,6 +82,19 @@ class SdkTransport:
             if not (self._closed or isinstance(error, openai.OpenAIError)):
                 raise
             raise self._edge.gone(model, error) from error
+
+
+@functools.cache
+def _events() -> type[AsyncStream[bytes]]:
+    """The SDK's stream, without its pydantic models: the data of each event as it came."""
+    import openai
+
+    class Events(openai.AsyncStream[bytes]):
+        async def __stream__(self) -> AsyncIterator[bytes]:
+            async for event in self._iter_events():
+                yield event.data.encode()
+
+    return Events
 
 
 def _options(api_key: str | None) -> RequestOptions:

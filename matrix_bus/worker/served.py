@@ -58,6 +58,7 @@ class Served:
                 hop=message.hop,
                 attempt=message.attempt,
                 seed=message.seed,
+                session=f"{message.run}:{message.n}",
             )
             llms.append(llm)
             return llm

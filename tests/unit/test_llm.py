@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 import warnings
@@ -31,6 +32,8 @@ from matrix_bus.errors import (
     RateLimited,
     ReplyInvalid,
     RowError,
+    StructureInvalid,
+    is_transient,
 )
 from matrix_bus.llm import (
     LLM,
@@ -47,6 +50,7 @@ from matrix_bus.llm import (
 )
 from matrix_bus.llm.client import derived_seed
 from matrix_bus.llm.direct import DirectTransport
+from matrix_bus.llm.endpoint import Limit
 from matrix_bus.llm.history import (
     Recorder,
     full_messages,
@@ -55,7 +59,7 @@ from matrix_bus.llm.history import (
     segment_body,
     with_segment,
 )
-from matrix_bus.llm.messages import ChatRequest, Transport
+from matrix_bus.llm.messages import ChatRequest, OnText, Transport
 from matrix_bus.llm.sdk import SdkTransport
 from matrix_bus.orchestrator import Ref
 
@@ -241,7 +245,7 @@ TOO_LONG = (
 
 REFUSALS: list[tuple[int, Any, type[ModelError], str]] = [
     (500, {"error": {"message": "cuda"}}, EndpointGone, "answered 500: cuda"),
-    (503, "<html>busy</html>", EndpointGone, "answered 503: <html>busy</html>"),
+    (503, "<html>busy</html>", RateLimited, "answered 503: <html>busy</html>"),
     (429, {"detail": "slow down"}, RateLimited, "answered 429: slow down"),
     (401, {"error": {"message": f"bad key {KEY}"}}, ModelAccessDenied, "api_key_env"),
     (403, {"error": {"message": f"bad key {KEY[:6]}***"}}, ModelAccessDenied, "api_key_env"),
@@ -280,7 +284,7 @@ async def test_refusals(
     [
         ("7", 7.0, 7.0),
         ("-1", 0.0, 0.0),
-        (formatdate(time.time() + 3600, usegmt=True), 3000.0, 3600.0),
+        (formatdate(time.time() + 36_000, usegmt=True), 30_000.0, 36_000.0),
         (formatdate(0, usegmt=True), 0.0, 0.0),
     ],
 )
@@ -331,6 +335,97 @@ async def test_closing_ends_calls_in_flight(transport: Transport, server: Server
         await transport.complete(REQUEST, LONG_S)
 
 
+# --- streaming ----------------------------------------------------------------------------------------------
+
+
+def streams(server: Server, *pieces: Any, end: str = "data: [DONE]\n\n", cut: int = 7) -> None:
+    """The server answers with these chunks as events, in blocks that are cut anywhere."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        body = "".join(f"data: {json.dumps(piece)}\r\n\r\n" for piece in pieces) + end
+        for at in range(0, len(body), cut):
+            await response.write(body[at : at + cut].encode())
+        return response
+
+    server.handler = handler
+
+
+def piece(delta: dict[str, Any], index: int = 0, **fields: Any) -> dict[str, Any]:
+    return {"id": "1", "model": "m-1", "choices": [{"index": index, "delta": delta, **fields}]}
+
+
+TOOL = {"index": 0, "id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a"'}}
+
+
+async def test_a_streamed_reply_is_what_would_have_come_in_one_piece(transport: Transport, server: Server) -> None:
+    streams(
+        server,
+        piece({"role": "assistant", "content": ""}),
+        piece({"reasoning_content": "hm"}),
+        piece({"content": "Grüß"}),
+        piece({"content": "other"}, index=1),
+        piece({"content": " dich"}),
+        piece({"tool_calls": [TOOL]}),
+        piece({"tool_calls": [{"index": 0, "function": {"arguments": ": 1}"}}]}),
+        piece({}, finish_reason="tool_calls"),
+        piece({}, index=1, finish_reason="stop"),
+        {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}},
+    )
+    heard: list[str] = []
+    reply = await transport.complete(REQUEST, LONG_S, heard.append)
+    assert heard == ["Grüß", " dich"]
+    assert (reply.text, reply.reasoning, reply.finish_reason) == ("Grüß dich", "hm", "tool_calls")
+    assert reply.tool_calls == [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]
+    assert reply.choices == ["Grüß dich", "other"]
+    assert reply.usage == Usage(7, 3, 0, 1)
+    assert 0 < reply.first_s <= reply.latency_s
+    assert server.bodies[0]["stream"] is True
+    assert server.bodies[0]["stream_options"] == {"include_usage": True}
+
+
+@pytest.mark.parametrize(
+    ("pieces", "end", "said"),
+    [
+        ([piece({"content": "half"})], "", "ended before it was finished"),
+        ([], "data: {nonsense\n\n", "malformed"),
+        ([{"error": {"message": "out of memory"}}], "", "out of memory"),
+        ([], "data: [DONE]\n\n", "no choices"),
+    ],
+)
+async def test_a_stream_that_breaks_off(
+    transport: Transport, server: Server, pieces: list[Any], end: str, said: str
+) -> None:
+    streams(server, *pieces, end=end)
+    with pytest.raises((ReplyInvalid, EndpointGone), match=said):
+        await transport.complete(REQUEST, LONG_S, lambda _: None)
+
+
+async def test_a_refusal_of_a_streamed_call(transport: Transport, server: Server) -> None:
+    server.answers(429, {"detail": "slow down"})
+    with pytest.raises(RateLimited, match="slow down"):
+        await transport.complete(REQUEST, LONG_S, lambda _: None)
+
+
+async def test_a_reply_that_never_ends(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matrix_bus.llm.direct.MOST_BYTES", 1 << 16)
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await response.write(b" " * 4096)
+        return response
+
+    server.handler = endless
+    direct = DirectTransport(server.url)
+    with pytest.raises(ReplyInvalid, match="longer than"):
+        await direct.complete(REQUEST, LONG_S)
+    await direct.close()
+
+
 # --- the pool ----------------------------------------------------------------------------------------------
 
 
@@ -342,7 +437,7 @@ class FakeTransport:
         self.calls: list[tuple[str, asyncio.Future[Reply]]] = []
         self.closed = False
 
-    async def complete(self, request: ChatRequest, timeout_s: float) -> Reply:
+    async def complete(self, request: ChatRequest, timeout_s: float, on_text: OnText | None = None) -> Reply:
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self.calls.append((str(request.messages[0].content), answer))
         return await answer
@@ -379,12 +474,21 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     return made
 
 
-def pool_of(*hosts: str, cap: int = 1) -> ModelPool:
-    return ModelPool(ModelConfig(model="m", concurrency=cap), [f"http://{host}/" for host in hosts])
+def pool_of(*hosts: str, cap: int = 1, patience_s: float = 0.0, **capacities: float) -> ModelPool:
+    config = ModelConfig(model="m", concurrency=cap, patience_s=patience_s)
+    return ModelPool(config, {f"http://{host}/": capacities.get(host, 1.0) for host in hosts})
 
 
-def ask(pool: ModelPool, text: str) -> asyncio.Task[tuple[Reply, float]]:
-    return asyncio.create_task(pool.complete(ChatRequest("m", [user(text)])))
+def ask(pool: ModelPool, text: str, session: str = "") -> asyncio.Task[tuple[Reply, float]]:
+    return asyncio.create_task(pool.complete(ChatRequest("m", [user(text)], session=session)))
+
+
+async def its_time_is_up(endpoint: Endpoint) -> None:
+    """As if the pause of an endpoint that was down were over."""
+    assert endpoint.timer is not None
+    endpoint.down_until = 0.0
+    endpoint.timer._run()
+    await settle()
 
 
 async def settle() -> None:
@@ -493,7 +597,7 @@ async def test_a_call_moves_to_another_endpoint(fakes: Fakes) -> None:
     gone.fail(EndpointGone("gone"))
     await settle()
     down = next(endpoint for endpoint in pool.endpoints if endpoint.url == gone.url)
-    assert not down.up(asyncio.get_running_loop().time())
+    assert not down.has_room(asyncio.get_running_loop().time())
     other.finish()
     assert (await task)[0].endpoint == other.url
 
@@ -503,16 +607,169 @@ async def test_a_call_moves_to_another_endpoint(fakes: Fakes) -> None:
     assert (len(gone.calls), len(other.calls), pool.waiting) == (1, 2, 1)
 
     # When its time is up, it gets what is waiting, without any other event.
-    assert down.timer is not None
-    down.down_until = 0.0
-    down.timer._run()
-    await settle()
+    await its_time_is_up(down)
     assert (len(gone.calls), pool.waiting) == (2, 0)
     gone.finish()
     other.finish()
     await asyncio.gather(*tasks)
-    assert (down.failures, down.down_until) == (0, 0.0)
+    assert down.failures == 0
+    assert down.has_room(asyncio.get_running_loop().time())
     await pool.close()
+
+
+async def test_one_that_comes_back_gets_one_call_first(fakes: Fakes) -> None:
+    pool = pool_of("a", cap=4, patience_s=60)
+    tasks = [ask(pool, str(i)) for i in range(4)]
+    await settle()
+    for index in range(4):
+        fakes["a"].fail(EndpointGone("gone"), index)
+    await settle()
+    (endpoint,) = pool.endpoints
+    assert (pool.waiting, endpoint.failures) == (4, 1), "they wait, and no row fails"
+    await its_time_is_up(endpoint)
+    assert (len(fakes["a"].calls), pool.waiting) == (5, 3), "one finds out"
+    fakes["a"].fail(EndpointGone("still gone"))
+    await settle()
+    assert (len(fakes["a"].calls), pool.waiting, endpoint.failures) == (5, 4, 2)
+    await its_time_is_up(endpoint)
+    fakes["a"].finish()
+    await settle()
+    assert (len(fakes["a"].calls), pool.waiting) == (9, 0), "then all"
+    for index in range(6, 9):
+        fakes["a"].finish(index)
+    await asyncio.gather(*tasks)
+    await pool.close()
+
+
+async def test_a_busy_endpoint_is_given_less_and_the_call_goes_elsewhere(fakes: Fakes) -> None:
+    pool = pool_of("a", "b", cap=10, patience_s=60)
+    tasks = [ask(pool, str(i)) for i in range(8)]
+    await settle()
+    a, b = fakes["a"], fakes["b"]
+    busy = next(endpoint for endpoint in pool.endpoints if endpoint.url == "http://a")
+    a.fail(RateLimited("later", 30.0), 0)
+    await settle()
+    assert (len(a.calls), len(b.calls)) == (4, 5)
+    assert int(busy.limit) == 2, "four were too many: seven tenths of them"
+    a.fail(RateLimited("later", 30.0), 1)
+    await settle()
+    assert int(busy.limit) <= 2
+    for fake in (a, b):
+        for _, answer in fake.calls:
+            if not answer.done():
+                fake.finish(fake.calls.index((_, answer)))
+    await asyncio.gather(*tasks)
+    await pool.close()
+
+
+async def test_a_busy_only_endpoint_is_asked_again_when_it_said(fakes: Fakes) -> None:
+    pool = pool_of("a", patience_s=60)
+    task = ask(pool, "x")
+    await settle()
+    fakes["a"].fail(RateLimited("later", 30.0))
+    await settle()
+    now = asyncio.get_running_loop().time()
+    assert 29.0 < pool.endpoints[0].down_until - now < 40.0
+    assert pool.waiting == 1
+    await its_time_is_up(pool.endpoints[0])
+    fakes["a"].finish()
+    assert (await task)[0].text == "x"
+    await pool.close()
+
+
+async def test_a_request_that_breaks_servers_does_not_go_round_all_of_them(fakes: Fakes) -> None:
+    pool = pool_of("a", "b", "c", "d", "e", patience_s=60)
+    task = ask(pool, "poison")
+    for _ in range(3):
+        await settle()
+        for fake in fakes.values():
+            if fake.calls and not fake.calls[-1][1].done():
+                fake.fail(EndpointGone("answered 500", answered=True))
+    with pytest.raises(EndpointGone):
+        await task
+    assert len(fakes.asked()) == 3
+    now = asyncio.get_running_loop().time()
+    assert all(endpoint.has_room(now) for endpoint in pool.endpoints), "one error may be the request's fault"
+    await pool.close()
+
+
+async def test_one_that_answers_with_errors_only_is_down(fakes: Fakes) -> None:
+    pool = pool_of("a")
+    for _ in range(5):
+        task = ask(pool, "x")
+        await settle()
+        fakes["a"].fail(EndpointGone("answered 500", answered=True))
+        with pytest.raises(EndpointGone):
+            await task
+    assert not pool.endpoints[0].has_room(asyncio.get_running_loop().time())
+    await pool.close()
+
+
+async def test_capacity_weighs(fakes: Fakes) -> None:
+    pool = pool_of("a", "b", cap=20, b=3.0)
+    tasks = [ask(pool, str(i)) for i in range(16)]
+    await settle()
+    assert (len(fakes["a"].calls), len(fakes["b"].calls)) == (4, 12)
+    for fake in fakes.values():
+        for index in range(len(fake.calls)):
+            fake.finish(index)
+    await asyncio.gather(*tasks)
+    await pool.close()
+
+
+async def test_a_row_finds_the_replica_that_had_it_before(fakes: Fakes) -> None:
+    pool = pool_of("a", "b", "c", cap=100)
+    placed: dict[str, set[str]] = {f"row {n}": set() for n in range(30)}
+    for _ in range(3):
+        for session, hosts in placed.items():
+            task = ask(pool, "x", session)
+            await settle()
+            (fake,) = [fake for fake in fakes.values() if fake.calls and not fake.calls[-1][1].done()]
+            fake.finish()
+            await task
+            hosts.add(fake.url)
+    assert {len(hosts) for hosts in placed.values()} == {1}
+    assert len({host for hosts in placed.values() for host in hosts}) == 3, "and rows are spread"
+    await pool.close()
+
+
+async def test_stickiness_does_not_overload(fakes: Fakes) -> None:
+    pool = pool_of("a", "b", cap=100)
+    tasks = [ask(pool, "x", "the same row") for _ in range(20)]
+    await settle()
+    assert sorted(len(fake.calls) for fake in fakes.values()) in ([7, 13], [8, 12], [9, 11])
+    for fake in fakes.values():
+        for index in range(len(fake.calls)):
+            fake.finish(index)
+    await asyncio.gather(*tasks)
+    await pool.close()
+
+
+def test_a_limit_grows_call_by_call_and_shrinks_by_a_share() -> None:
+    limit = Limit(64)
+    limit.push_back(40, now=0.0)
+    assert int(limit) == 28
+    limit.push_back(28, now=0.0)
+    assert int(limit) == 19, "no round trip is known yet"
+    for _ in range(19 * 2):
+        limit.went_well(1.0, 100, now=1.0)
+    assert 20 <= int(limit) <= 21
+    limit.push_back(20, now=2.0)
+    limit.push_back(20, now=2.1)
+    assert int(limit) == 14, "once per round trip"
+
+
+def test_waiting_far_longer_for_a_token_lowers_the_limit() -> None:
+    limit = Limit(64)
+    for call in range(50):
+        limit.went_well(1.0, 100, now=float(call))
+    assert int(limit) == 64
+    for call in range(50, 200):
+        limit.went_well(4.0, 100, now=float(call))
+    assert int(limit) == 64, "a larger batch is slower, and worth it"
+    for call in range(200, 1000):
+        limit.went_well(30.0, 100, now=float(call))
+    assert int(limit) < 20
 
 
 async def test_failures_at_once_count_as_one(fakes: Fakes) -> None:
@@ -541,36 +798,6 @@ async def test_every_endpoint_is_tried_once(fakes: Fakes) -> None:
     with pytest.raises(EndpointGone):
         await task
     assert [len(fake.calls) for fake in fakes.values()] == [1, 1, 1]
-
-    # With all of them down, one is asked all the same: somebody has to find out.
-    task = ask(pool, "again")
-    await settle()
-    assert len(fakes.asked()) == 4
-    task.cancel()
-    await settle()
-    await pool.close()
-
-
-async def test_only_a_gone_endpoint_is_replaced(fakes: Fakes) -> None:
-    pool = pool_of("a", "b")
-    task = ask(pool, "x")
-    await settle()
-    next(fake for fake in fakes.values() if fake.calls).fail(RateLimited("later", 3.0))
-    with pytest.raises(RateLimited):
-        await task
-    assert len(fakes.asked()) == 1
-    await pool.close()
-
-
-async def test_the_only_endpoint_is_never_down(fakes: Fakes) -> None:
-    pool = pool_of("a")
-    for _ in range(3):
-        task = ask(pool, "x")
-        await settle()
-        fakes["a"].fail(EndpointGone("gone"))
-        with pytest.raises(EndpointGone):
-            await task
-    assert pool.endpoints[0].up(asyncio.get_running_loop().time())
     await pool.close()
 
 
@@ -771,6 +998,96 @@ async def test_mistakes_are_explained(pool: ModelPool) -> None:
     assert history == []
 
 
+# --- structured output --------------------------------------------------------------------------------------
+
+
+class Verdict(msgspec.Struct):
+    score: int
+    why: str = ""
+
+
+async def test_a_reply_of_a_type_is_asked_for_by_its_schema(pool: ModelPool, server: Server) -> None:
+    server.answers(200, completion('{"score": 4, "why": "short"}'))
+    assert await llm_over(pool, []).parse([user("judge")], Verdict, temperature=0.5) == Verdict(4, "short")
+    (body,) = server.bodies
+    assert body["response_format"]["type"] == "json_schema"
+    asked = body["response_format"]["json_schema"]
+    assert asked["name"] == "Verdict"
+    assert asked["schema"]["$defs"]["Verdict"]["required"] == ["score"]
+    assert body["temperature"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"score": 4}',
+        'Sure!\n```json\n{"score": 4}\n```\nAnything else?',
+        '<think>{"score": 9}</think>Well, {"score": 4} it is.',
+        'The set {1, 2} aside: {"score": 4}',
+        ' [1, {"a": 2}] and {"score": 4, "more": {"x": []}}',
+    ],
+)
+async def test_json_is_found_in_what_surrounds_it(pool: ModelPool, server: Server, text: str) -> None:
+    server.answers(200, completion(text))
+    assert (await llm_over(pool, []).parse([user("judge")], Verdict)).score == 4
+
+
+async def test_a_server_without_guided_decoding_is_asked_in_words(pool: ModelPool, server: Server) -> None:
+    async def plain(request: web.Request) -> web.StreamResponse:
+        if "response_format" in await request.json():
+            return web.json_response({"error": {"message": "unknown field response_format"}}, status=400)
+        return web.json_response(completion('{"score": 4}'))
+
+    server.handler = plain
+    llm = llm_over(pool, [])
+    assert await llm.parse([system("s"), user("judge")], Verdict) == Verdict(4)
+    assert await llm.parse([user("judge")], Verdict) == Verdict(4)
+    assert ["response_format" in body for body in server.bodies] == [True, False, False]
+    last = server.bodies[-1]["messages"]
+    assert len(last) == 1
+    assert last[0]["content"].startswith("judge\n\n")
+    assert '"score"' in last[0]["content"]
+
+
+async def test_one_repair_and_then_an_error(pool: ModelPool, server: Server) -> None:
+    answers = iter(['{"score": "high"}', '{"score": 3}', "no", '{"why": "because"}'])
+
+    async def next_one(_: web.Request) -> web.StreamResponse:
+        return web.json_response(completion(next(answers)))
+
+    server.handler = next_one
+    history: list[bytes] = []
+    llm = llm_over(pool, history)
+    assert await llm.parse([user("judge")], Verdict) == Verdict(3)
+    told = server.bodies[1]["messages"]
+    assert [message["role"] for message in told] == ["user", "assistant", "user"]
+    assert "Expected `int`, got `str`" in told[2]["content"]
+    with pytest.raises(StructureInvalid, match=r"as Verdict, also after it was told what is wrong: .*score"):
+        await llm.parse([user("judge")], Verdict)
+    assert len(history) == 4
+    assert not is_transient(StructureInvalid("x"))
+
+
+async def test_a_refusal_that_has_other_reasons_stays_one(pool: ModelPool, server: Server) -> None:
+    server.answers(400, {"error": {"message": "temperature is too high"}})
+    with pytest.raises(ModelRefused, match="too high"):
+        await llm_over(pool, []).parse([user("judge")], Verdict)
+    assert pool.guided, "it is not known to be unable"
+    with pytest.raises(HandlerError, match="no JSON schema"):
+        await llm_over(pool, []).parse([user("judge")], type(pool))
+
+
+async def test_tools_choices_and_logprobs_are_words_of_a_call(pool: ModelPool, server: Server) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    history: list[bytes] = []
+    llm = llm_over(pool, history)
+    await llm.chat([user("hi")], tools=tools, tool_choice="auto", n=2, logprobs=3, extra={"top_k": 1})
+    (body,) = server.bodies
+    assert (body["tools"], body["tool_choice"], body["n"]) == (tools, "auto", 2)
+    assert (body["logprobs"], body["top_logprobs"], body["top_k"]) == (True, 3, 1)
+    assert read_call(history[0]).sampling["n"] == 2
+
+
 @given(st.integers(), st.integers(0, 1000), st.integers(0, 1000))
 def test_derived_seeds_are_31_bits_and_stable(seed: int, hop: int, call: int) -> None:
     derived = derived_seed(seed, hop, call)
@@ -850,7 +1167,7 @@ def test_the_public_names() -> None:
         *("assistant", "system", "tool", "user"),
         *("SEGMENT_MARK", "read_segment", "segment_body", "with_segment"),
     }
-    assert Endpoint("http://a", FakeTransport("http://a"), 2).cap == 2
+    assert int(Endpoint("http://a", FakeTransport("http://a"), 2).limit) == 2
 
 
 # --- histories that are closed into segments ------------------------------------------------------------------------
