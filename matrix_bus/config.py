@@ -22,6 +22,8 @@ T = TypeVar("T")
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0, le=30 * 86_400)]
 
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+"""Name of the model that comes along."""
 DEFAULT_MODEL = "default"
 """Alias of the model that `llm` itself describes."""
 
@@ -51,10 +53,14 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
 class ModelConfig(Sampling, frozen=True, kw_only=True):
     """One model: where it is served, how it is called, and with which sampling parameters."""
 
-    model: str = "smollm2-135m-instruct"
+    model: str = EMBEDDED_MODEL
     """The name that the servers know it by."""
     urls: list[str] = []
-    """Base URLs of OpenAI-compatible servers, with `/v1`. Empty: the embedded model on the worker's machine."""
+    """Base URLs of OpenAI-compatible servers, with `/v1`.
+
+    Empty: for the default model the embedded one on the worker's machine, for others those that `matrix-bus serve` has
+    announced on the bus.
+    """
     transport: Literal["direct", "sdk"] = "direct"
     """`direct` for vLLM, SGLang, llama.cpp; `sdk` (the openai package) for hosted providers."""
     api_key_env: str = ""
@@ -71,6 +77,11 @@ class ModelConfig(Sampling, frozen=True, kw_only=True):
     """How long a call waits for a server to come back when none answers, before it fails and its hop is retried."""
     sticky: bool = True
     """Calls of one row go to the same replica, which has the beginning of the row's prompts in its prefix cache."""
+
+    @property
+    def is_embedded(self) -> bool:
+        """True for the model that comes along; of any other without urls, servers announce themselves on the bus."""
+        return not self.urls and self.model == EMBEDDED_MODEL
 
     @property
     def server(self) -> ModelConfig:

@@ -39,8 +39,11 @@ async def create_stream(bus: Bus, config: Mapping[str, Any], *, shared: bool = F
             ) from None
 
 
-async def create_bucket(bus: Bus, bucket: str, replicas: int) -> None:
-    """Creates a key-value bucket of one value per key that all processes share, if it is not there yet (ADR-8)."""
+async def create_bucket(bus: Bus, bucket: str, replicas: int, *, max_age_s: float = 0) -> None:
+    """Creates a key-value bucket of one value per key that all processes share, if it is not there yet (ADR-8).
+
+    With `max_age_s` values expire.
+    """
     config = {
         "name": f"KV_{bucket}",
         "subjects": [f"$KV.{bucket}.>"],
@@ -52,5 +55,6 @@ async def create_bucket(bus: Bus, bucket: str, replicas: int) -> None:
         "allow_direct": True,
         "storage": "file",
         "num_replicas": replicas,
+        **({"max_age": int(max_age_s * 1e9)} if max_age_s else {}),
     }
     await create_stream(bus, config, shared=True)

@@ -45,7 +45,7 @@ def _everywhere(
 
 def main() -> None:
     """Entry point of `matrix-bus`. A user's mistake is one message and exit code 2, never a traceback of ours."""
-    for room in ("submitting", "runs", "processes", "controls", "settings", "authoring"):  # in the order of --help
+    for room in ("submitting", "runs", "processes", "serving", "controls", "settings", "authoring"):  # as in --help
         importlib.import_module(f".{room}", __package__)
 
     configure_logs()

@@ -1,4 +1,4 @@
-"""Commands that run processes: worker, broker, serve."""
+"""Commands that run processes: worker, broker."""
 
 from __future__ import annotations
 
@@ -145,31 +145,11 @@ def broker(
     from ..broker import local_broker
 
     service = local_broker()
-    _service("broker", action, service)
+    local_service("broker", action, service)
 
 
-@app.command()
-def serve(
-    action: Annotated[Action, typer.Argument(help="start serves in the foreground.")] = Action.start,
-    backend: Annotated[str, typer.Option("--backend", help="llama: the embedded model, on the CPU.")] = "llama",
-    port: Annotated[int, typer.Option("--port", help="0: a free one.")] = 0,
-    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Calls at a time.")] = 8,
-) -> None:
-    """Serve a model on an OpenAI-compatible port until Ctrl-C.
-
-    Workers whose run names no model URL share one embedded model, started when needed; `serve status` and
-    `serve stop` are about that one.
-    """
-    from matrix_serving import local_model
-    from matrix_serving.serve import serve as serve_in_foreground
-
-    if action is Action.start:
-        serve_in_foreground(backend, port=port, parallel=parallel)
-    else:
-        _service("model", action, local_model())
-
-
-def _service(name: str, action: Action, service: object) -> None:
+def local_service(name: str, action: Action, service: object) -> None:
+    """Starts, stops or shows a service that the user's terminals share."""
     from ..service import LocalService
 
     assert isinstance(service, LocalService)

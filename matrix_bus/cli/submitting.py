@@ -138,7 +138,7 @@ def _say_missing_models(flow: Workflow[Any], config: RunConfig) -> None:
 
 
 def _uses_embedded(flow: Workflow[Any], config: RunConfig) -> bool:
-    return any(not config.llm.named(alias).urls for alias in _models_of(flow, config))
+    return any(config.llm.named(alias).is_embedded for alias in _models_of(flow, config))
 
 
 async def _check_models(flow: Workflow[Any], config: RunConfig) -> None:

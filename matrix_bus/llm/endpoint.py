@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import asyncio
@@ -87,6 +87,8 @@ class Endpoint:
         self.last_used = 0
         """Breaks ties, so that many workers with little to do do not all call the same replica."""
         self.timer: asyncio.TimerHandle | None = None
+        self.calls: dict[asyncio.Task[Any], bool] = {}
+        """Who waits for an answer, and whether he was told that none will come."""
 
     def has_room(self, now: float) -> bool:
         """Whether one more call may be sent to it."""

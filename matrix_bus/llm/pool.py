@@ -9,8 +9,9 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from hashlib import blake2b
+from typing import Any
 
 import msgspec
 
@@ -126,6 +127,15 @@ class ModelPool:
             self._retire(endpoint)
         self._serve()
 
+    def abandon(self, urls: Collection[str]) -> None:
+        """These servers are dead: calls under way to them are not waited for, and go elsewhere."""
+        for endpoint in (*self._endpoints, *self._draining):
+            if endpoint.url in urls:
+                self._look_again(endpoint, endpoint.gone)
+                for task in list(endpoint.calls):
+                    endpoint.calls[task] = True
+                    task.cancel()
+
     async def complete(
         self, request: ChatRequest, flight: Flight | None = None, on_text: OnText | None = None
     ) -> tuple[Reply, float]:
@@ -149,8 +159,11 @@ class ModelPool:
             if endpoint is None:
                 raise EndpointGone(f"the calls of model {self.model!r} are closed in this worker; try another one")
             flight.endpoint = endpoint.url
+            task = asyncio.current_task()
+            assert task is not None
+            endpoint.calls[task] = False
             try:
-                reply = await endpoint.transport.complete(request, self._config.timeout_s, on_text)
+                reply = await self._send(endpoint, task, request, on_text)
                 endpoint.went_well(reply.latency_s, reply.usage.completion_tokens, loop.time())
                 return self._priced(reply), flight.wait_s
             except RateLimited as error:
@@ -174,6 +187,18 @@ class ModelPool:
                     self._say_waiting(error)
             finally:
                 self._leave(endpoint)
+
+    async def _send(
+        self, endpoint: Endpoint, task: asyncio.Task[Any], request: ChatRequest, on_text: OnText | None
+    ) -> Reply:
+        try:
+            return await endpoint.transport.complete(request, self._config.timeout_s, on_text)
+        except asyncio.CancelledError:
+            if endpoint.calls.get(task) and task.uncancel() == 0:
+                raise EndpointGone(f"{endpoint.url} (model {self.model!r}) is not heard of any more") from None
+            raise
+        finally:
+            endpoint.calls.pop(task, None)
 
     def _say_waiting(self, error: EndpointGone) -> None:
         now = time.monotonic()

@@ -65,7 +65,7 @@ class Worker:
         """Of runs that limit a role for themselves."""
         self._pump = Pump()
         self._executors = Executors(threads=min(64, slots), processes=os.cpu_count() or 1)
-        self._models = Models(embedded_model)
+        self._models = Models(embedded_model, bus)
         self._resources = Resources()
         self._sessions: dict[str, Session] = {}
         self._opening: dict[str, asyncio.Task[None]] = {}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 
 import msgspec
 
+from .. import endpoints
+from ..bus import Bus
 from ..config import ModelConfig, RunConfig
 from ..errors import ConfigError, MatrixBusError
 from ..llm import ModelPool
@@ -24,8 +27,10 @@ EmbeddedModel = Callable[[], str]
 class Models:
     """Pools by what they call, so that two runs do not open two sets of connections to one server."""
 
-    def __init__(self, embedded: EmbeddedModel | None) -> None:
+    def __init__(self, embedded: EmbeddedModel | None, bus: Bus | None = None) -> None:
+        """`bus` is where servers announce themselves; `embedded` starts the model of that name."""
         self._embedded = embedded
+        self._bus = bus
         self._pools: dict[bytes, ModelPool] = {}
         self._lock = asyncio.Lock()
         self._keepers: set[asyncio.Task[None]] = set()
@@ -36,11 +41,37 @@ class Models:
         key = msgspec.json.encode(config)
         async with self._lock:
             if key not in self._pools:
-                urls = config.urls or [await self._embedded_url(config)]
-                pool = self._pools[key] = ModelPool(config, urls, _api_key(config))
-                if not config.urls:
-                    self._keepers.add(asyncio.create_task(self._keep_embedded(config, pool), name="embedded model"))
+                self._pools[key] = await self._made(config)
             return self._pools[key]
+
+    async def _made(self, config: ModelConfig) -> ModelPool:
+        key = api_key(config)
+        if config.urls:
+            return ModelPool(config, config.urls, key)
+        if config.is_embedded:
+            pool = ModelPool(config, [await self._embedded_url(config)], key)
+            keeping = self._keep_embedded(config, pool)
+        else:
+            pool = ModelPool(config, [], key)
+            keeping = self._follow_announced(config, pool)
+        self._keepers.add(asyncio.create_task(keeping, name=f"servers of {config.model}"))
+        return pool
+
+    async def _follow_announced(self, config: ModelConfig, pool: ModelPool) -> None:
+        """Keeps to what serves the model, as it is announced on the bus."""
+        assert self._bus is not None
+        async with contextlib.aclosing(endpoints.watch(self._bus, config.model)) as changes:
+            async for change in changes:
+                if change.lost:
+                    log.warning("worker.server_lost", model=config.model, urls=sorted(change.lost))
+                if not change.up:
+                    log.warning(
+                        "worker.no_server",
+                        model=config.model,
+                        advice=f"calls wait: start one with matrix-bus serve {config.model}, or set llm.urls",
+                    )
+                pool.abandon(change.lost)
+                pool.set_urls(change.up)
 
     async def _keep_embedded(self, config: ModelConfig, pool: ModelPool) -> None:
         """Brings the embedded model back if it dies: rows retry meanwhile, and would run out of attempts."""
@@ -65,7 +96,7 @@ class Models:
         pools = {
             alias: await self.pool(config.llm.named(alias))
             for alias in {*aliases, *config.llm.aliases}
-            if alias in aliases or config.llm.named(alias).urls
+            if alias in aliases or not config.llm.named(alias).is_embedded
         }
 
         def resolve(alias: str | None) -> ModelPool:
@@ -82,7 +113,8 @@ class Models:
             await pool.close()
 
 
-def _api_key(config: ModelConfig) -> str | None:
+def api_key(config: ModelConfig) -> str | None:
+    """The key that the config names. Raises `ConfigError` where it is not set."""
     if not config.api_key_env:
         return None
     key = os.environ.get(config.api_key_env)

@@ -22,7 +22,7 @@ LAYERS = (
     ("orchestrator",),
     ("bus", "llm", "dataset", "broker"),
     ("agent", "payload"),
-    ("catalog",),
+    ("catalog", "endpoints"),
     ("registry", "compose"),
     ("worker", "run", "control"),
     ("client",),

@@ -1,0 +1,168 @@
+"""Commands about model servers: serve, which runs or announces them, and endpoints, which lists them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from hashlib import blake2b
+from typing import Annotated, Any
+
+import typer
+
+from .. import endpoints
+from ..bus import Bus
+from ..config import ModelConfig
+from ..endpoints import Beacon, Replica
+from ..errors import ModelAccessDenied, ModelError, ModelNotFound, UsageError
+from ..llm import ModelPool
+from ..telemetry import configure_logs
+from . import app
+from .common import LogLevel, Server, broker_url, go, say
+from .processes import Action, local_service
+
+_CHECK_EVERY_S = 2.0
+_SAMPLE_S = 1.0
+
+
+@app.command()
+def serve(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="[start|stop|status]", help="What to do with the embedded model; with --url: nothing."),
+    ] = "start",
+    backend: Annotated[str, typer.Option("--backend", help="llama: the embedded model, on the CPU.")] = "llama",
+    port: Annotated[int, typer.Option("--port", help="0: a free one.")] = 0,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Calls at a time.")] = 8,
+    url: Annotated[
+        list[str] | None, typer.Option("--url", help="Announce a server that runs elsewhere; repeatable.")
+    ] = None,
+    model: Annotated[str, typer.Option("--model", help="With --url: the name that it is called by.")] = "",
+    capacity: Annotated[
+        float, typer.Option("--capacity", min=0.01, help="With --url: its share of the calls, beside other servers.")
+    ] = 1.0,
+    label: Annotated[list[str] | None, typer.Option("--label", help="With --url: NAME=VALUE, to tell apart.")] = None,
+    api_key_env: Annotated[
+        str, typer.Option("--api-key-env", help="Environment variable with the key, for looking whether it is there.")
+    ] = "",
+    server: Server = "",
+    log_level: LogLevel = "warning",
+) -> None:
+    """Serve the embedded model until Ctrl-C, or announce servers that run elsewhere.
+
+    Workers whose run names no model share one embedded model, started when needed; `serve status` and `serve stop`
+    are about that one. With --url, workers of every run that asks for the model (llm.model=NAME, no llm.urls) find
+    the server within a second, and leave it within two when it does not answer any more. Ctrl-C withdraws it: calls
+    under way go on.
+    """
+    configure_logs(level=log_level)
+    if url:
+        if not model:
+            raise UsageError("--url needs --model NAME: what the workers ask for")
+        labels = dict(_label(word) for word in label or [])
+        config = ModelConfig(model=model, urls=url, api_key_env=api_key_env)
+        go(_announce(broker_url(server), config, capacity, labels))
+        return
+    if what not in list(Action):
+        raise UsageError(f"serve {what}: start, stop or status; a server that runs elsewhere: --url URL --model NAME")
+    if Action(what) is Action.start:
+        from matrix_serving.serve import serve as serve_in_foreground
+
+        serve_in_foreground(backend, port=port, parallel=parallel)
+    else:
+        from matrix_serving import local_model
+
+        local_service("model", Action(what), local_model())
+
+
+@app.command("endpoints")
+def list_endpoints(server: Server = "") -> None:
+    """List the model servers that are announced: model, URL, load, and what they say of themselves.
+
+    Load and tokens are from a server's own /metrics, by vLLM's names, where it has them.
+    """
+
+    async def work() -> None:
+        from ..llm.metrics import sample  # aiohttp is not for every command
+
+        async with await Bus.connect(broker_url(server), name="matrix-bus endpoints") as bus:
+            found = await endpoints.listing(bus)
+        if not found:
+            say("no model servers are announced: matrix-bus serve --url URL --model NAME announces one")
+        samples = await asyncio.gather(*(sample(replica.url, _SAMPLE_S) for replica in found))
+        for replica, said in zip(found, samples, strict=True):
+            labels = " ".join(f"{name}={value}" for name, value in replica.labels.items())
+            age = f"{time.time() - replica.started_at:.0f} s"
+            print("\t".join([replica.model, replica.url, replica.state, f"x{replica.capacity:g}", age, said, labels]))
+
+    go(work())
+
+
+def _label(word: str) -> tuple[str, str]:
+    name, equals, value = word.partition("=")
+    if not (name and equals):
+        raise UsageError(f"--label {word!r}: must be NAME=VALUE")
+    return name, value
+
+
+async def _announce(broker: str, config: ModelConfig, capacity: float, labels: dict[str, str]) -> None:
+    """Announces each server while it answers, until SIGTERM or Ctrl-C."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    async with await Bus.connect(broker, name="matrix-bus serve") as bus:
+        await endpoints.prepare(bus)
+        beacon = Beacon(bus)
+        replicas = [_replica(url, config.model, capacity, labels) for url in config.urls]
+        beating = asyncio.create_task(beacon.run())
+        keeping = asyncio.gather(*(_keep(beacon, replica, config) for replica in replicas))
+        stopped = asyncio.create_task(stopping.wait())
+        both: list[asyncio.Future[Any]] = [keeping, stopped]
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if keeping.done():
+                keeping.result()
+        finally:
+            for task in (*both, beating):
+                task.cancel()
+            for replica in replicas:
+                await beacon.hide(replica.id)
+        say("withdrawn: no new calls, those under way go on")
+
+
+def _replica(url: str, model: str, capacity: float, labels: dict[str, str]) -> Replica:
+    if not url.startswith(("http://", "https://")):
+        raise UsageError(f"--url {url!r} must look like http://host:8000/v1")
+    # The same server announced twice, or again after a crash, is one.
+    name = blake2b(url.encode(), digest_size=8).hexdigest()
+    return Replica(id=name, model=model, url=url.rstrip("/"), capacity=capacity, labels=labels, started_at=time.time())
+
+
+async def _keep(beacon: Beacon, replica: Replica, config: ModelConfig) -> None:
+    """Shows the replica while it answers. Raises the `ModelError` of a wrong name or key at the first look."""
+    from ..worker.models import api_key
+
+    pool = ModelPool(config, [replica.url], api_key(config))
+    shown: bool | None = None
+    try:
+        while True:
+            try:
+                await pool.check()
+                answers, why = True, ""
+            except ModelError as error:
+                if shown is None and isinstance(error, ModelNotFound | ModelAccessDenied):
+                    raise  # a mistake in the command
+                answers, why = False, str(error)
+            if answers != shown:
+                shown = answers
+                if answers:
+                    beacon.show(replica)
+                    print(f"serving {replica.model} at {replica.url}", flush=True)
+                else:
+                    await beacon.hide(replica.id)
+                    say(f"{why}; looking again every {_CHECK_EVERY_S:g} s")
+            await asyncio.sleep(_CHECK_EVERY_S if not answers else _CHECK_EVERY_S / 2)
+    finally:
+        with contextlib.suppress(ModelError):
+            await pool.close()

@@ -1,0 +1,45 @@
+"""What a model server says of itself: vLLM's metrics, which the others imitate."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+
+import aiohttp
+
+_LINE = re.compile(r"^(vllm:[a-z_]+|sglang:[a-z_]+|llamacpp:[a-z_]+)(?:\{[^}]*\})?\s+([0-9.eE+-]+)\s*$", re.MULTILINE)
+_RUNNING = ("vllm:num_requests_running", "sglang:num_running_reqs", "llamacpp:requests_processing")
+_WAITING = ("vllm:num_requests_waiting", "sglang:num_queue_reqs", "llamacpp:requests_deferred")
+_TOKENS = ("vllm:generation_tokens_total", "sglang:generation_tokens_total", "llamacpp:tokens_predicted_total")
+_TIMEOUT_S = 2.0
+
+
+def parse(text: str) -> dict[str, float]:
+    """Sums over labels of the metrics that are known here, by name."""
+    found: dict[str, float] = {}
+    for name, value in _LINE.findall(text):
+        found[name] = found.get(name, 0.0) + float(value)
+    return found
+
+
+async def sample(url: str, seconds: float) -> str:
+    """Load and tokens per second of the server with this base URL, for people; what it does not say is left out."""
+    timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            first, at = await _read(session, url), time.monotonic()
+            await asyncio.sleep(seconds)
+            second, passed_s = await _read(session, url), time.monotonic() - at
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return "does not answer"
+    parts = []
+    for names, word in ((_RUNNING, "running"), (_WAITING, "waiting")):
+        parts += [f"{second[name]:.0f} {word}" for name in names if name in second]
+    parts += [f"{(second[n] - first.get(n, 0.0)) / passed_s:.0f} tokens/s" for n in _TOKENS if n in second]
+    return ", ".join(parts) or "no metrics"
+
+
+async def _read(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
+    async with session.get(f"{url.removesuffix('/v1')}/metrics") as response:
+        return parse(await response.text()) if response.status == 200 else {}
