@@ -71,12 +71,21 @@ class ModelConfig(Sampling, frozen=True, kw_only=True):
     """Of a million completion tokens."""
     concurrency: Positive = 64
     """Calls in flight per endpoint and worker process; the rest wait in line without their timeout running."""
+    requests_per_minute: Positive | None = None
+    """Of all worker processes together, as hosted models allow them; unset: no limit."""
+    tokens_per_minute: Positive | None = None
+    """The same for prompt and completion tokens."""
     timeout_s: Seconds = 600.0
     """From the moment a call is sent."""
     patience_s: Annotated[float, Meta(ge=0, le=30 * 86_400)] = 600.0
     """How long a call waits for a server to come back when none answers, before it fails and its hop is retried."""
     sticky: bool = True
     """Calls of one row go to the same replica, which has the beginning of the row's prompts in its prefix cache."""
+
+    @property
+    def is_metered(self) -> bool:
+        """Whether calls are limited per minute."""
+        return bool(self.requests_per_minute or self.tokens_per_minute)
 
     @property
     def is_embedded(self) -> bool:

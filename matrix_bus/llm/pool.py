@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -51,6 +51,24 @@ class Flight:
         """Time in line, summed over all endpoints that were tried."""
 
 
+class Meter(Protocol):
+    """Keeps calls to a rate that is shared with other processes."""
+
+    async def start(self, guess: float) -> float:
+        """Returns when a call may start, with the tokens reserved for it; `guess` is how many it may take."""
+        ...
+
+    def ended(self, reserved: float, used: float) -> None:
+        """What the call took in the end."""
+        ...
+
+
+def _guess(request: ChatRequest) -> float:
+    """Tokens that a call may take, before any has told: four characters each, and as many as it asks for."""
+    chars = sum(len(str(message.content)) for message in request.messages)
+    return chars / 4 + (request.sampling.max_tokens or 256)
+
+
 _Tried = frozenset[Endpoint]
 
 
@@ -72,7 +90,11 @@ class ModelPool:
     """
 
     def __init__(
-        self, config: ModelConfig, urls: Sequence[str] | Mapping[str, float], api_key: str | None = None
+        self,
+        config: ModelConfig,
+        urls: Sequence[str] | Mapping[str, float],
+        api_key: str | None = None,
+        meter: Meter | None = None,
     ) -> None:
         """`urls` may have capacities beside them. Raises `ConfigError` for a URL that is not http(s)."""
         self.model = config.model
@@ -80,6 +102,7 @@ class ModelPool:
         self.guided = True
         """Whether its servers take a JSON schema, as far as is known."""
         self._config = config
+        self._meter = meter
         self._api_key = api_key.strip() if api_key else None
         self._transports = _factory(config, self._api_key)
         self._endpoints: list[Endpoint] = []
@@ -152,7 +175,10 @@ class ModelPool:
         errors = 0
         while True:
             queued = time.perf_counter()
+            reserved = 0.0
             try:
+                if self._meter is not None:
+                    reserved = await self._meter.start(_guess(request))
                 endpoint = await self._seat(tried, request.session)
             finally:
                 flight.wait_s += time.perf_counter() - queued
@@ -165,6 +191,8 @@ class ModelPool:
             try:
                 reply = await self._send(endpoint, task, request, on_text)
                 endpoint.went_well(reply.latency_s, reply.usage.completion_tokens, loop.time())
+                if self._meter is not None:
+                    self._meter.ended(reserved, reply.usage.prompt_tokens + reply.usage.completion_tokens)
                 return self._priced(reply), flight.wait_s
             except RateLimited as error:
                 self._look_again(endpoint, functools.partial(endpoint.push_back, error.retry_after_s))

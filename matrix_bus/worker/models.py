@@ -14,6 +14,7 @@ from ..bus import Bus
 from ..config import ModelConfig, RunConfig
 from ..errors import ConfigError, MatrixBusError
 from ..llm import ModelPool
+from ..quota import Quota
 from ..telemetry import logger
 
 _LOOK_AGAIN_S = 2.0
@@ -47,7 +48,8 @@ class Models:
     async def _made(self, config: ModelConfig) -> ModelPool:
         key = api_key(config)
         if config.urls:
-            return ModelPool(config, config.urls, key)
+            meter = Quota(self._bus, config) if config.is_metered and self._bus is not None else None
+            return ModelPool(config, config.urls, key, meter)
         if config.is_embedded:
             pool = ModelPool(config, [await self._embedded_url(config)], key)
             keeping = self._keep_embedded(config, pool)

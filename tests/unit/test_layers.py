@@ -22,7 +22,7 @@ LAYERS = (
     ("orchestrator",),
     ("bus", "llm", "dataset", "broker"),
     ("agent", "payload"),
-    ("catalog", "endpoints"),
+    ("catalog", "endpoints", "quota"),
     ("registry", "compose"),
     ("worker", "run", "control"),
     ("client",),
