@@ -102,6 +102,9 @@ class ModelConfig(Sampling, frozen=True, kw_only=True):
 class LlmConfig(ModelConfig, frozen=True, kw_only=True):
     """The default model, and further ones by alias."""
 
+    cache: Literal["off", "run", "shared"] = "off"
+    """Keep answers on the broker, by what was asked: for the run (a hop that is executed again repeats only the calls
+    that were not answered), or shared with all runs that say so."""
     models: dict[str, ModelConfig] = {}
     """Models that roles or calls name by an alias; `default` is the one that is described beside this."""
 

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 from nats.aio.msg import Msg
 
-from . import catalog, payload, quota
+from . import answers, catalog, payload, quota
 from .bus import STREAM_NOT_FOUND, Bus, Stored, create_bucket, create_stream, fence, is_lost_race, patiently
 from .config import RunConfig
 from .errors import BusError, NobodyListens, PublishRefused, RunError
@@ -186,6 +186,8 @@ async def create(bus: Bus, record: RunRecord) -> None:
     await create_stream(bus, {**payload.stream_config(record.id), "num_replicas": replicas})
     if any(record.config.llm.named(alias).is_metered for alias in record.config.llm.aliases):
         await quota.prepare(bus, replicas)
+    if record.config.llm.cache != "off":
+        await answers.prepare(bus, replicas)
     await admit_at_most(bus, record)
     for role in record.roles:
         await _consumer(bus, record.id, role, [record.config.ack_wait_s], -1)

@@ -10,7 +10,7 @@ import time
 
 from msgspec import Raw
 
-from .. import registry
+from .. import answers, registry
 from ..bus import STREAM_NOT_FOUND, Bus, Stored, fence, is_lost_race, patiently
 from ..errors import PublishRefused, RowError, RunError
 from ..orchestrator import (
@@ -64,6 +64,7 @@ async def purge(bus: Bus, run: str) -> None:
     if await registry.get(bus, run) is None:
         await registry.require(bus, run)
     await registry.update(bus, run, state="deleted")
+    await answers.purge(bus, run)
     for stream in (work_stream(run), stream_of(run), outcome_stream(run)):
         await _delete(bus, stream)
 

@@ -55,6 +55,18 @@ class Model(Protocol):
         ...
 
 
+class Cache(Protocol):
+    """Answers by what was asked."""
+
+    async def find(self, request: ChatRequest) -> Reply | None:
+        """The answer to exactly this request, if it is kept."""
+        ...
+
+    async def keep(self, request: ChatRequest, reply: Reply) -> None:
+        """Keeps an answer."""
+        ...
+
+
 class LLM:
     """The models, for one call of one role's handler; every model call goes into the row's history."""
 
@@ -69,6 +81,7 @@ class LLM:
         attempt: int,
         seed: int,
         session: str = "",
+        cache: Cache | None = None,
     ) -> None:
         """`resolve` gives the pool for an alias; `sampling` is what holds where a call says nothing."""
         self._resolve = resolve
@@ -80,6 +93,7 @@ class LLM:
         self._attempt = attempt
         self._seed = seed
         self._session = session
+        self._cache = cache
         self._calls = 0
         self._usage = Usage()
 
@@ -137,7 +151,7 @@ class LLM:
         flight = Flight()
         asked = time.perf_counter()
         try:
-            reply, wait_s = await pool.complete(request, flight, on_text)
+            reply, wait_s = await self._complete(pool, request, flight, on_text)
         except (Exception, asyncio.CancelledError) as error:
             self._usage += Usage(calls=1)
             failed = msgspec.structs.replace(
@@ -162,9 +176,23 @@ class LLM:
             wait_s=wait_s,
             latency_s=reply.latency_s,
             first_s=reply.first_s,
+            cached=reply.cached,
         )
         self._recorder.close(index, done)
         return reply
+
+    async def _complete(
+        self, pool: Model, request: ChatRequest, flight: Flight, on_text: OnText | None
+    ) -> tuple[Reply, float]:
+        if self._cache is None:
+            return await pool.complete(request, flight, on_text)
+        if (kept := await self._cache.find(request)) is not None:
+            if on_text is not None:
+                on_text(kept.text)
+            return msgspec.structs.replace(kept, cached=True, usage=Usage(), latency_s=0.0, first_s=0.0), 0.0
+        reply, wait_s = await pool.complete(request, flight, on_text)
+        await self._cache.keep(request, reply)
+        return reply, wait_s
 
     async def parse(
         self, messages: Sequence[Message], kind: type[T], *, model: str | None = None, **sampling: Any

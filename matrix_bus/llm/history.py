@@ -62,6 +62,8 @@ class Call(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The rest: sending the call, and the server's work on it."""
     first_s: float = 0.0
     """Until the first piece of a streamed reply."""
+    cached: bool = False
+    """True if the answer was kept from before."""
     hop: int = 0
     attempt: int = 0
     error: Failure | None = None

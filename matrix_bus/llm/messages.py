@@ -62,6 +62,8 @@ class Reply(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """From the moment that the call was sent until the reply was read; no time in line."""
     first_s: float = 0.0
     """Until the first piece of a streamed reply; 0 if it was not streamed."""
+    cached: bool = False
+    """True if it was answered before, and cost nothing now: no tokens, no call."""
 
 
 class ChatRequest(Struct, frozen=True):

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import telemetry
 from ..agent import Next, Outcome, Workflow
+from ..answers import Answers
 from ..errors import HandlerError
 from ..llm import LLM, ModelPool
 from ..orchestrator import Orchestrator
@@ -28,7 +29,15 @@ Handled = tuple[Next | Outcome | Exception, bytes]
 class Served:
     """Calls the handler; the row's message takes what the call cost, whether it succeeds or not."""
 
-    def __init__(self, record: RunRecord, flow: Workflow[Any], name: str, caller: Caller, resolve: Resolve) -> None:
+    def __init__(
+        self,
+        record: RunRecord,
+        flow: Workflow[Any],
+        name: str,
+        caller: Caller,
+        resolve: Resolve,
+        cache: Answers | None,
+    ) -> None:
         role = flow.roles[name]
         settings = record.config.role(name)
         self.max_attempts = settings.max_attempts
@@ -38,6 +47,7 @@ class Served:
         self._limits = record.config.limits
         self._call = caller
         self._resolve = resolve
+        self._cache = cache
         self._alias = record.config.alias_of(name, role.model)
         llm = record.config.llm
         below = llm.named(self._alias).sampling.over(llm.sampling)
@@ -59,6 +69,7 @@ class Served:
                 attempt=message.attempt,
                 seed=message.seed,
                 session=f"{message.run}:{message.n}",
+                cache=self._cache,
             )
             llms.append(llm)
             return llm

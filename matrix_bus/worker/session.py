@@ -13,6 +13,7 @@ from nats.aio.msg import Msg
 
 from .. import telemetry
 from ..agent import Next, Workflow, encode_state
+from ..answers import Answers
 from ..bus import Bus
 from ..errors import BusError, LimitReached, MatrixBusError, RowError, WorkerCrashed, is_transient, user_frames
 from ..orchestrator import (
@@ -88,6 +89,8 @@ class Session:
         self._suspects = Suspects(self._moves)
         self._loop = asyncio.get_running_loop()
         self._stack = beside
+        kind = record.config.llm.cache
+        cache = None if kind == "off" else Answers(bus, record.id if kind == "run" else "")
         self._served = {
             name: Served(
                 record,
@@ -95,6 +98,7 @@ class Session:
                 name,
                 Caller(flow, flow.roles[name], available, executors, record.config.trials, self._offload.store),
                 resolve,
+                cache,
             )
             for name in pools
             if name != LEASE_ROLE

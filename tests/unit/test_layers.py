@@ -22,7 +22,7 @@ LAYERS = (
     ("orchestrator",),
     ("bus", "llm", "dataset", "broker"),
     ("agent", "payload"),
-    ("catalog", "endpoints", "quota"),
+    ("catalog", "endpoints", "quota", "answers"),
     ("registry", "compose"),
     ("worker", "run", "control"),
     ("client",),
