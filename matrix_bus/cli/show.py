@@ -7,7 +7,7 @@ import sys
 import time
 
 from ..orchestrator import Usage
-from ..run import Tally
+from ..run import EndpointTally, Tally
 
 
 class ProgressLine:
@@ -68,6 +68,9 @@ def summary(tally: Tally) -> str:
     if tally.usage.calls:
         rows.append(("tokens", _tokens(tally.usage)))
         rows += [(f"  {role}", _tokens(usage)) for role, usage in tally.usage_by_role.items() if usage.calls]
+        rows += [(f"  {url}", _endpoint(of)) for url, of in tally.endpoints.items() if len(tally.endpoints) > 1]
+        if tally.usage.cost:
+            rows.append(("cost", f"{tally.usage.cost:.4g}"))
         rows.append(("tokens/s", f"{_rate(tally.usage.completion_tokens, seconds)} completion"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
@@ -75,6 +78,13 @@ def summary(tally: Tally) -> str:
 
 def _tokens(usage: Usage) -> str:
     return f"{usage.prompt_tokens} prompt + {usage.completion_tokens} completion in {usage.calls} calls"
+
+
+def _endpoint(of: EndpointTally) -> str:
+    failed = sum(of.errors.values())
+    answered = of.calls - failed
+    mean = f", {of.latency_s / answered:.2f} s each" if answered else ""
+    return f"{of.calls} calls{mean}" + (f", {failed} failed" if failed else "")
 
 
 def _rate(count: int, seconds: float) -> str:

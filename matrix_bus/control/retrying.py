@@ -58,7 +58,9 @@ async def retry_failed(bus: Bus, run: str, *, reason: str = "", rows: frozenset[
     if not newest and record.total is not None:
         return 0
     # Not sealed meanwhile: whoever follows it must not take it for complete.
-    await registry.update(bus, run, total=None, total_before=total, retried=record.retried + 1)
+    # And the stop rule must not hold their old outcomes against them.
+    last = await patiently(bus, lambda: bus.last_sequence(outcome_stream(run)))
+    await registry.update(bus, run, total=None, total_before=total, retried=record.retried + 1, watch_from=last)
     sent = await _send(bus, record, newest)
     await registry.update(bus, run, total=total, total_before=None)
     return sent

@@ -3,11 +3,13 @@
 None of this must stay alive for the run to go on; all of it can be repeated by anybody at any time.
 """
 
-from .following import Tally, collect, outcomes, write_manifest
+from .following import collect, outcomes, write_manifest
 from .opening import new_record, open_run
 from .submission import Submitted, submit
+from .tally import EndpointTally, Tally
 
 __all__ = (
+    "EndpointTally",
     "Submitted",
     "Tally",
     "collect",

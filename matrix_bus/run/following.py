@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,15 @@ import msgspec
 from nats.aio.msg import Msg
 
 from .. import registry
-from ..agent import Workflow
 from ..bus import Bus, Stored, patiently
 from ..dataset import Output, write_json
 from ..errors import BusTimeout, BusUnavailable, RunError
-from ..orchestrator import (
-    OutcomeRecord,
-    Usage,
-    decode_outcome,
-    outcome_stream,
-)
+from ..orchestrator import decode_outcome, outcome_stream
 from ..payload import Payloads, whole
 from ..registry import RunRecord
 from ..telemetry import logger
 from .opening import versions
+from .tally import Tally
 
 _POLL_S = 1.0
 _FLUSH_S = 1.0
@@ -86,61 +80,6 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
 
 async def _is_done(bus: Bus, record: RunRecord) -> bool:
     return (await patiently(bus, lambda: registry.progress(bus, record))).done
-
-
-class Tally:
-    """Sums over outcomes, for summaries and manifests."""
-
-    def __init__(self, flow: Workflow[Any] | None = None) -> None:
-        self._flow = flow
-        self.clear()
-
-    def clear(self) -> None:
-        """Begins anew."""
-        self.rows = 0
-        self.kinds: Counter[str] = Counter()
-        self.reasons: Counter[tuple[str, str]] = Counter()
-        self.example = ""
-        """The last error of a failed row."""
-        self.hops = 0
-        self.usage = Usage()
-        self.usage_by_role: dict[str, Usage] = {}
-        self.first_at = self.last_at = 0.0
-        self._sums: Counter[str] = Counter()
-        self._counts: Counter[str] = Counter()
-
-    def add(self, record: OutcomeRecord) -> None:
-        self.rows += 1
-        self.kinds[record.outcome] += 1
-        self.reasons[record.outcome, record.reason] += 1
-        if record.outcome == "failed" and record.errors:
-            self.example = f"{record.errors[-1].type}: {record.errors[-1].message.partition(chr(10))[0]}"
-        self.hops += record.hops
-        self.usage += record.usage
-        for role, usage in record.usage_by_role.items():
-            self.usage_by_role[role] = self.usage_by_role.get(role, Usage()) + usage
-        admitted, finished = record.timings.admitted_at, record.timings.finished_at
-        self.first_at = min(self.first_at or admitted, admitted)
-        self.last_at = max(self.last_at, finished)
-        if self._flow is not None and self._flow.name == record.workflow:
-            try:
-                measured = self._flow.measure(record)
-            except Exception as error:  # the user's function: its mistake must not cost the output
-                log.warning("run.metrics_failed", row=record.row, error=repr(error))
-                return
-            for name, value in measured.items():
-                self._sums[name] += value  # type: ignore[assignment]  # a Counter of floats
-                self._counts[name] += 1
-
-    @property
-    def seconds(self) -> float:
-        """From the first row admitted to the last outcome."""
-        return max(0.0, self.last_at - self.first_at)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The workflow's metrics, averaged over the rows that have them."""
-        return {name: self._sums[name] / count for name, count in self._counts.items()}
 
 
 async def collect(
@@ -213,6 +152,7 @@ async def write_manifest(bus: Bus, run: str, path: Path, tally: Tally, extra: di
         "hops": tally.hops,
         "usage": tally.usage,
         "usage_by_role": tally.usage_by_role,
+        "endpoints": tally.endpoints,
         "metrics": tally.metrics,
         "seconds": tally.seconds,
         "collected_with": versions(),

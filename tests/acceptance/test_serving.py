@@ -73,6 +73,10 @@ def test_a_run_finds_the_server_that_was_announced(shell: Shell, broker: Broker,
     assert submitter.ends() == 0, submitter.said
     written = [json.loads(line) for line in (shell.directory / "out.jsonl").read_text().splitlines()]
     assert sorted(line["state"]["text"] for line in written) == ["0?!", "1?!", "2?!"]
+    (endpoint,) = json.loads((shell.directory / "out.manifest.json").read_text())["endpoints"].items()
+    assert endpoint[0] == model_url
+    assert (endpoint[1]["model"], endpoint[1]["calls"], endpoint[1]["usage"]["calls"]) == ("tiny", 3, 3)
+    assert endpoint[1]["latency_s"] > 0
     listed = shell.run("endpoints", *server).stdout
     assert listed.startswith(f"tiny\t{model_url}\tup\tx1\t")
     assert "3 running, 0 tokens/s\tgpu=none" in listed
