@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import signal
 import time
+from collections.abc import Sequence
 from hashlib import blake2b
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -29,51 +31,76 @@ _SAMPLE_S = 1.0
 @app.command()
 def serve(
     what: Annotated[
-        str,
-        typer.Argument(metavar="[start|stop|status]", help="What to do with the embedded model; with --url: nothing."),
+        str, typer.Argument(metavar="[MODEL|start|stop|status]", help="A model, or what to do with the embedded one.")
     ] = "start",
-    backend: Annotated[str, typer.Option("--backend", help="llama: the embedded model, on the CPU.")] = "llama",
-    port: Annotated[int, typer.Option("--port", help="0: a free one.")] = 0,
-    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Calls at a time.")] = 8,
+    extra: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- WORDS...]", help="Passed on to the server as they are.")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option("--backend", help="vllm (default), sglang, llama (CPU), or command: what stands after --.")
+    ] = "",
+    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Servers of the model.")] = 1,
+    gpus: Annotated[str, typer.Option("--gpus", help="Such as 0,1,2,3. Default: all there are.")] = "",
+    gpus_per_replica: Annotated[int, typer.Option("--gpus-per-replica", min=1, help="Tensor parallel.")] = 1,
     url: Annotated[
         list[str] | None, typer.Option("--url", help="Announce a server that runs elsewhere; repeatable.")
     ] = None,
-    model: Annotated[str, typer.Option("--model", help="With --url: the name that it is called by.")] = "",
+    model: Annotated[str, typer.Option("--model", help="The name that it is called by, if not by MODEL.")] = "",
+    host: Annotated[
+        str, typer.Option("--host", help="Where servers listen; 0.0.0.0 for other machines.")
+    ] = "127.0.0.1",
+    advertise: Annotated[str, typer.Option("--advertise", help="Host name that workers reach them by.")] = "",
     capacity: Annotated[
-        float, typer.Option("--capacity", min=0.01, help="With --url: its share of the calls, beside other servers.")
+        float, typer.Option("--capacity", min=0.01, help="Share of the calls, beside other servers of the model.")
     ] = 1.0,
-    label: Annotated[list[str] | None, typer.Option("--label", help="With --url: NAME=VALUE, to tell apart.")] = None,
+    label: Annotated[list[str] | None, typer.Option("--label", help="NAME=VALUE, to tell servers apart.")] = None,
     api_key_env: Annotated[
-        str, typer.Option("--api-key-env", help="Environment variable with the key, for looking whether it is there.")
+        str, typer.Option("--api-key-env", help="With --url: environment variable with the key, to look with.")
     ] = "",
+    drain_s: Annotated[float, typer.Option("--drain-s", min=0, help="At the end, for calls under way.")] = 60.0,
+    log_dir: Annotated[Path, typer.Option("--log-dir", help="Each server's log is a file there.")] = Path("serve-logs"),
+    port: Annotated[int, typer.Option("--port", help="Of the embedded model; 0: a free one.")] = 0,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Of the embedded model: calls at a time.")] = 8,
     server: Server = "",
     log_level: LogLevel = "warning",
 ) -> None:
-    """Serve the embedded model until Ctrl-C, or announce servers that run elsewhere.
+    """Launch servers of a model and announce them to all workers, or announce servers that run elsewhere.
 
-    Workers whose run names no model share one embedded model, started when needed; `serve status` and `serve stop`
-    are about that one. With --url, workers of every run that asks for the model (llm.model=NAME, no llm.urls) find
-    the server within a second, and leave it within two when it does not answer any more. Ctrl-C withdraws it: calls
-    under way go on.
+    `matrix-bus serve meta-llama/Llama-3.1-8B-Instruct --replicas 4 -- --max-model-len 8192` starts four vLLM servers
+    with a GPU each, waits until they answer, brings back those that crash, and drains them on Ctrl-C. With --url it
+    announces a server that runs elsewhere while it answers. Runs that ask for the model (llm.model=NAME, no llm.urls)
+    find the servers within a second, and leave them within two when they die.
+
+    Without a model it serves the embedded one in the foreground; `serve status` and `serve stop` are about the shared
+    embedded model that workers start when needed.
     """
     configure_logs(level=log_level)
+    labels = dict(_label(word) for word in label or [])
     if url:
         if not model:
             raise UsageError("--url needs --model NAME: what the workers ask for")
-        labels = dict(_label(word) for word in label or [])
         config = ModelConfig(model=model, urls=url, api_key_env=api_key_env)
         go(_announce(broker_url(server), config, capacity, labels))
-        return
-    if what not in list(Action):
-        raise UsageError(f"serve {what}: start, stop or status; a server that runs elsewhere: --url URL --model NAME")
-    if Action(what) is Action.start:
-        from matrix_serving.serve import serve as serve_in_foreground
+    elif what in list(Action):
+        if Action(what) is Action.start:
+            from matrix_serving.serve import serve as serve_in_foreground
 
-        serve_in_foreground(backend, port=port, parallel=parallel)
+            serve_in_foreground(backend or "llama", port=port, parallel=parallel)
+        else:
+            from matrix_serving import local_model
+
+            local_service("model", Action(what), local_model())
     else:
-        from matrix_serving import local_model
+        from matrix_serving.backends import BACKENDS, Wanted, shares_of_gpus
 
-        local_service("model", Action(what), local_model())
+        make = BACKENDS.get(backend or "vllm")
+        if make is None:
+            raise UsageError(f"unknown backend {backend!r}: there are {', '.join(BACKENDS)}")
+        shares = shares_of_gpus(gpus, replicas, gpus_per_replica)
+        wanted = [Wanted(what, model, tuple(extra or ()), share) for share in shares]
+        more = {"host": host, "advertise": advertise, "capacity": capacity, "labels": labels, "drain_s": drain_s}
+        launches = [make(each) for each in wanted]
+        go(_launch(broker_url(server), launches, {**more, "backend": backend or "vllm", "logs": log_dir}))
 
 
 @app.command("endpoints")
@@ -106,11 +133,23 @@ def _label(word: str) -> tuple[str, str]:
     return name, value
 
 
-async def _announce(broker: str, config: ModelConfig, capacity: float, labels: dict[str, str]) -> None:
-    """Announces each server while it answers, until SIGTERM or Ctrl-C."""
+async def _launch(broker: str, launches: Sequence[Any], more: dict[str, Any]) -> None:
+    from matrix_serving.replicas import serve_replicas
+
+    async with await Bus.connect(broker, name="matrix-bus serve") as bus:
+        await serve_replicas(bus, launches, _until_signal(), say=say, **more)
+
+
+def _until_signal() -> asyncio.Event:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    return stopping
+
+
+async def _announce(broker: str, config: ModelConfig, capacity: float, labels: dict[str, str]) -> None:
+    """Announces each server while it answers, until SIGTERM or Ctrl-C."""
+    stopping = _until_signal()
     async with await Bus.connect(broker, name="matrix-bus serve") as bus:
         await endpoints.prepare(bus)
         beacon = Beacon(bus)

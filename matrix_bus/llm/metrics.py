@@ -40,6 +40,16 @@ async def sample(url: str, seconds: float) -> str:
     return ", ".join(parts) or "no metrics"
 
 
+async def running(url: str) -> float:
+    """Calls that the server says it works on or has in line; 0 if it does not say."""
+    try:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S)) as session:
+            found = await _read(session, url)
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return 0.0
+    return sum(found.get(name, 0.0) for name in (*_RUNNING, *_WAITING))
+
+
 async def _read(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
     async with session.get(f"{url.removesuffix('/v1')}/metrics") as response:
         return parse(await response.text()) if response.status == 200 else {}

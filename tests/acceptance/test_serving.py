@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +89,101 @@ def test_a_run_finds_the_server_that_was_announced(shell: Shell, broker: Broker,
     until_sync(lambda: not shell.run("endpoints", *server).stdout, "it to be gone")
 
 
+SERVER = """
+import json, os, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Tiny(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.say({"data": [{"id": "tiny"}]})
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.say({"choices": [{"message": {"content": str(os.getpid())}}]})
+
+    def say(self, value):
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+print("hello from", os.getpid(), flush=True)
+if len(sys.argv) > 2:
+    sys.exit(sys.argv[2])
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Tiny).serve_forever()
+"""
+
+
+def test_servers_are_launched_brought_back_and_ended(shell: Shell, broker: Broker) -> None:
+    server = ("--server", broker.url)
+    flow, tiny = shell.directory / "said.py", shell.directory / "tiny.py"
+    flow.write_text(FLOW)
+    tiny.write_text(SERVER)
+    launch = ("serve", "tiny", "--backend", "command", "--replicas", "2", "--drain-s", "1", *server)
+    serving = shell.start(*launch, "--", sys.executable, str(tiny), "{port}")
+    until_sync(lambda: serving.said.count("serving tiny at ") == 2, "both servers")
+    shell.start("worker", "-w", str(flow), *server)
+
+    def answered_by(run: str) -> set[int]:
+        words = ("-w", str(flow), *server, "--run", run, "-o", f"{run}.jsonl", "llm.model=tiny", "llm.sticky=false")
+        submitted = shell.run("submit", str(shell.dataset(40)), *words)
+        assert submitted.returncode == 0, submitted.stderr
+        lines = [json.loads(line) for line in (shell.directory / f"{run}.jsonl").read_text().splitlines()]
+        assert len(lines) == 40
+        return {int(line["state"]["text"]) for line in lines}
+
+    first = answered_by("first")
+    assert len(first) == 2
+    victim = first.pop()
+    os.kill(victim, 9)
+    until_sync(lambda: serving.said.count("serving tiny at ") == 3, "the killed one to be back")
+    assert "ended with exit code -9, starting it again" in serving.said
+    assert f"hello from {victim}" in serving.said, "the end of its log"
+    second = answered_by("second")
+    assert len(second) == 2
+    assert victim not in second
+    serving.signal(15)
+    assert serving.ends() == 0
+    until_sync(lambda: not any(alive(pid) for pid in second), "its servers to be gone")
+    killed = shell.start(*launch, "--", sys.executable, str(tiny), "{port}")
+    until_sync(lambda: killed.said.count("serving tiny at ") == 2, "both servers once more")
+    third = answered_by("third")
+    killed.kill()
+    until_sync(lambda: not any(alive(pid) for pid in third), "servers to go with their launcher")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_a_server_that_does_not_start_shows_its_log(shell: Shell, broker: Broker) -> None:
+    server = ("--server", broker.url)
+    tiny = shell.directory / "tiny.py"
+    tiny.write_text(SERVER)
+    command = ("serve", "tiny", "--backend", "command", *server)
+    for words, said in (
+        (("--", sys.executable, str(tiny), "{port}", "no GPU found"), "ended with exit code 1; the end of"),
+        (("--", sys.executable, str(tiny), "{port}", "no GPU found"), "no GPU found"),
+        (("--", "no-such-server"), "no-such-server: No such file"),
+        ((), "needs a command after --"),
+    ):
+        wrong = shell.run(*command, *words)
+        assert (wrong.returncode, said in wrong.stderr) == (2, True), (words, wrong.stderr)
+    unknown = shell.run("serve", "tiny", "--backend", "vlm", *server)
+    assert "unknown backend 'vlm': there are vllm, sglang, llama, command" in unknown.stderr
+    few = shell.run("serve", "tiny", "--replicas", "3", "--gpus", "0,1", *server)
+    assert "3 replicas with 1 GPUs each need 3, there are 2: 0, 1" in few.stderr
+
+
 def test_mistakes_are_explained(shell: Shell, broker: Broker, model_url: str) -> None:
     server = ("--server", broker.url)
     for words, said in (
@@ -94,7 +192,6 @@ def test_mistakes_are_explained(shell: Shell, broker: Broker, model_url: str) ->
         (("--url", "localhost:8000", "--model", "tiny"), "must look like http://host:8000/v1"),
         (("--url", model_url, "--model", "tiny", "--label", "gpu"), "--label 'gpu': must be NAME=VALUE"),
         (("--url", model_url, "--model", "tiny", "--api-key-env", "NO_SUCH_KEY"), "NO_SUCH_KEY"),
-        (("stat",), "serve stat: start, stop or status"),
     ):
         wrong = shell.run("serve", *words, *server)
         assert (wrong.returncode, said in wrong.stderr) == (2, True), (words, wrong.stderr)
