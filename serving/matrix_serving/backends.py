@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from matrix_bus.errors import UsageError
@@ -36,12 +37,23 @@ class Wanted:
     """Words that are passed on to the server."""
     gpus: tuple[str, ...] = ()
     """Of this replica; empty: whatever the server finds."""
+    python: str = ""
+    """Interpreter of the environment that has the server, if not this one."""
+
+    def interpreter(self, package: str) -> str:
+        """What runs the server. Raises `UsageError` if it is not installed here, and no other place is named."""
+        if not self.python and find_spec(package) is None:
+            raise UsageError(
+                f"{package} is not installed in this environment: install it, name another with --python, or choose "
+                "another --backend"
+            )
+        return self.python or sys.executable
 
 
 def vllm(wanted: Wanted) -> Launch:
     """vLLM's own server (its `vllm serve`, as a module: not every build of it has the command)."""
     name = wanted.name or wanted.model
-    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", wanted.model]
+    words = [wanted.interpreter("vllm"), "-m", "vllm.entrypoints.openai.api_server", "--model", wanted.model]
     words += ["--served-model-name", name, "--host", "{host}", "--port", "{port}"]
     if len(wanted.gpus) > 1:
         words += ["--tensor-parallel-size", str(len(wanted.gpus))]
@@ -51,8 +63,8 @@ def vllm(wanted: Wanted) -> Launch:
 def sglang(wanted: Wanted) -> Launch:
     """SGLang's server."""
     name = wanted.name or wanted.model
-    words = [sys.executable, "-m", "sglang.launch_server", "--model-path", wanted.model, "--served-model-name", name]
-    words += ["--host", "{host}", "--port", "{port}", "--enable-metrics"]
+    words = [wanted.interpreter("sglang"), "-m", "sglang.launch_server", "--model-path", wanted.model]
+    words += ["--served-model-name", name, "--host", "{host}", "--port", "{port}", "--enable-metrics"]
     if len(wanted.gpus) > 1:
         words += ["--tp", str(len(wanted.gpus))]
     return Launch(name, (*words, *wanted.extra), _visible(wanted.gpus))
