@@ -61,8 +61,13 @@ class ModelConfig(Sampling, frozen=True, kw_only=True):
     Empty: for the default model the embedded one on the worker's machine, for others those that `matrix-bus serve` has
     announced on the bus.
     """
-    transport: Literal["direct", "sdk"] = "direct"
-    """`direct` for vLLM, SGLang, llama.cpp; `sdk` (the openai package) for hosted providers."""
+    transport: Literal["direct", "sdk", "azure"] = "direct"
+    """`direct` for vLLM, SGLang, llama.cpp; `sdk` (the openai package) for hosted providers, `azure` for theirs.
+
+    With `azure` a URL is that of the resource, `https://NAME.openai.azure.com`, and the model is the deployment.
+    """
+    api_version: str = "2024-10-21"
+    """Of Azure's interface."""
     api_key_env: str = ""
     """Name of the environment variable that holds the key, looked up in the worker. Never the key itself."""
     prompt_price: Annotated[float, Meta(ge=0)] = 0.0

@@ -344,10 +344,11 @@ class ModelPool:
 
 def _factory(config: ModelConfig, api_key: str | None) -> Callable[[str], Transport]:
     """What makes the transport for a URL; neither library is imported for the other's sake."""
-    if config.transport == "sdk":
+    if config.transport != "direct":
         from .sdk import SdkTransport
 
-        return lambda url: SdkTransport(url, api_key)
+        azure_version = config.api_version if config.transport == "azure" else ""
+        return lambda url: SdkTransport(url, api_key, azure_version)
     from .direct import DirectTransport, Session
 
     session = Session()

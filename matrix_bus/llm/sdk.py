@@ -23,9 +23,10 @@ T = TypeVar("T")
 class SdkTransport:
     """One endpoint, called by an `AsyncOpenAI` of its own, without its retries: the pool's are enough."""
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
+    def __init__(self, url: str, api_key: str | None = None, azure_version: str = "") -> None:
+        """`azure_version` is the version of Azure's interface, where the URL is a resource of theirs."""
         self._edge = Edge(url, api_key)
-        self._client = _client(url, api_key)
+        self._client = _client(url, api_key, azure_version)
         self._options = _options(api_key)
         self._closed = False
 
@@ -103,7 +104,7 @@ def _options(api_key: str | None) -> RequestOptions:
     return {} if api_key else {"headers": {"Authorization": openai.Omit()}}
 
 
-def _client(url: str, api_key: str | None) -> AsyncOpenAI:
+def _client(url: str, api_key: str | None, azure_version: str) -> AsyncOpenAI:
     import openai
 
     # The SDK sits on httpx in one major version and on httpx2 in the next; its own names serve for both.
@@ -113,6 +114,15 @@ def _client(url: str, api_key: str | None) -> AsyncOpenAI:
         http_client = openai.DefaultAioHttpClient(timeout=timeout, limits=unlimited)
     except RuntimeError:  # an SDK without its aiohttp extra: the same at thrice the CPU
         http_client = openai.DefaultAsyncHttpxClient(timeout=timeout, limits=unlimited)
+    if azure_version:
+        return openai.AsyncAzureOpenAI(
+            azure_endpoint=url,
+            api_version=azure_version,
+            api_key=api_key or "none",
+            max_retries=0,
+            timeout=timeout,
+            http_client=http_client,
+        )
     return openai.AsyncOpenAI(
         base_url=url,
         # None would mean OPENAI_API_KEY from the environment, which is not for this server to see.

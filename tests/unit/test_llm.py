@@ -158,6 +158,27 @@ async def transport(
 # --- one suite for both transports -------------------------------------------------------------------------
 
 
+async def test_azure_has_deployments_and_headers_of_its_own(server: Server) -> None:
+    paths: list[str] = []
+
+    async def azure(request: web.Request) -> web.StreamResponse:
+        paths.append(f"{request.path_qs} {request.headers.get('api-key')}")
+        return await server.say(request)
+
+    app = web.Application()
+    app.router.add_post("/openai/deployments/{name}/chat/completions", azure)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    pool = ModelPool(ModelConfig(model="my-gpt", transport="azure", api_version="2024-10-21"), [url], KEY)
+    reply, _ = await pool.complete(ChatRequest("my-gpt", [user("hi")]))
+    assert reply.text == "hello"
+    assert paths == [f"/openai/deployments/my-gpt/chat/completions?api-version=2024-10-21 {KEY}"]
+    await pool.close()
+    await runner.cleanup()
+
+
 async def test_a_reply(transport: Transport, server: Server) -> None:
     reply = await transport.complete(REQUEST, LONG_S)
     assert (reply.text, reply.finish_reason, reply.model) == ("hello", "stop", "m-1")
