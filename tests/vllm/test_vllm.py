@@ -15,7 +15,7 @@ import pytest
 from matrix_bus.broker import Broker
 from matrix_bus.config import ModelConfig, Sampling
 from matrix_bus.errors import ContextLengthExceeded, ModelNotFound
-from matrix_bus.llm import LLM, ChatRequest, ModelPool, system, user
+from matrix_bus.llm import LLM, ChatRequest, ModelPool, user
 from tests.acceptance.conftest import Shell
 
 PYTHON, FOLDER = os.environ.get("VLLM_PYTHON", ""), os.environ.get("VLLM_MODEL", "")
@@ -34,7 +34,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Shell, Br
     shell = Shell(folder)
     with Broker(folder / "broker") as broker:
         words = ("--model", "smollm2", "--python", PYTHON, "--server", broker.url)
-        extra = ("--max-model-len", "2048", "--max-num-seqs", "64")
+        extra = ("--max-model-len", "2048", "--max-num-seqs", "64", "--dtype", "float32")
         serving = shell.start(
             "serve", FOLDER, *words, "--", *extra,
             VLLM_CPU_KVCACHE_SPACE="2", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1",
@@ -59,7 +59,7 @@ def llm_over(pool: ModelPool) -> LLM:
     return LLM(lambda _: pool, "default", Sampling(temperature=0.0, max_tokens=40), [], "tester", 1, 1, 7)
 
 
-CHAT = [system("You answer briefly."), user("What is the capital of France?")]
+CHAT = [user("What is the capital of France?")]
 
 
 async def test_a_chat_with_usage(pool: ModelPool) -> None:
