@@ -7,6 +7,7 @@ import importlib
 import inspect
 import itertools
 import math
+import os
 import random
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from matrix_bus.dataset import Rejected, read
-from matrix_bus.errors import ConfigError
+from matrix_bus.errors import ConfigError, user_frames
 
 T = TypeVar("T")
 
@@ -166,11 +167,12 @@ def _records(path: str, kind: type[T]) -> Iterator[tuple[int, T]]:
 
 
 def _script(module: str, function: str) -> Responder:
-    sys.path.insert(0, "")  # as `python -m` does: scripts lie in the current folder
+    if os.getcwd() not in sys.path:  # as `python -m` does: scripts lie in the current folder
+        sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
-        raise ConfigError(f"cannot import the responder {module}: {error}") from None
+    except Exception as error:
+        raise ConfigError(f"cannot import the responder {module}: {error!r}\n{user_frames(error)}".rstrip()) from None
     if not inspect.isroutine(found):
         raise ConfigError(f"the module {module} has no function {function!r}")
     return cast(Responder, found)

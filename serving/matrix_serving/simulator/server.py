@@ -295,7 +295,7 @@ async def serving(simulator: Simulator, port: int = 0) -> AsyncIterator[str]:
         return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=MAX_BODY_BYTES)
 
     server = web.Server(simulator.handle, request_factory=with_room, handler_cancellation=True, access_log=None)
-    runner = web.ServerRunner(server, shutdown_timeout=0)
+    runner = web.ServerRunner(server, shutdown_timeout=0.1)  # 0 would mean for ever
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
