@@ -39,6 +39,9 @@ def serve(
     backend: Annotated[
         str, typer.Option("--backend", help="vllm (default), sglang, llama (CPU), or command: what stands after --.")
     ] = "",
+    simulate: Annotated[
+        str, typer.Option("--simulate", help="No model, but its timing: a profile, embedded, instant or a .yaml file.")
+    ] = "",
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="Servers of the model.")] = 1,
     gpus: Annotated[str, typer.Option("--gpus", help="Such as 0,1,2,3. Default: all there are.")] = "",
     gpus_per_replica: Annotated[int, typer.Option("--gpus-per-replica", min=1, help="Tensor parallel.")] = 1,
@@ -74,6 +77,8 @@ def serve(
     announces a server that runs elsewhere while it answers. Runs that ask for the model (llm.model=NAME, no llm.urls)
     find the servers within a second, and leave them within two when they die.
 
+    With --simulate the answers are not those of a model: for capacity planning and benchmarks without GPUs.
+
     Without a model it serves the embedded one in the foreground; `serve status` and `serve stop` are about the shared
     embedded model that workers start when needed.
     """
@@ -96,11 +101,14 @@ def serve(
     else:
         from matrix_serving.backends import BACKENDS, Wanted, shares_of_gpus
 
+        words = tuple(extra or ())
+        if simulate:
+            backend, words = "simulator", ("--profile", simulate, *words)
         make = BACKENDS.get(backend or "vllm")
         if make is None:
             raise UsageError(f"unknown backend {backend!r}: there are {', '.join(BACKENDS)}")
         shares = shares_of_gpus(gpus, replicas, gpus_per_replica)
-        wanted = [Wanted(what, model, tuple(extra or ()), share, python) for share in shares]
+        wanted = [Wanted(what, model, words, share, python) for share in shares]
         more = {"host": host, "advertise": advertise, "capacity": capacity, "labels": labels, "drain_s": drain_s}
         launches = [make(each) for each in wanted]
         go(_launch(broker_url(server), launches, {**more, "backend": backend or "vllm", "logs": log_dir}))

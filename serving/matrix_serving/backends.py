@@ -78,6 +78,12 @@ def llama(wanted: Wanted) -> Launch:
     return Launch(name, (*words, *wanted.extra), {})
 
 
+def simulator(wanted: Wanted) -> Launch:
+    """No model: answers at the pace of a profile, which is what `extra` begins with."""
+    words = [sys.executable, "-m", "matrix_serving.simulator", "--model", wanted.name or wanted.model]
+    return Launch(wanted.name or wanted.model, (*words, "--port", "{port}", *wanted.extra), {})
+
+
 def command(wanted: Wanted) -> Launch:
     """Any OpenAI-compatible server, by its command line; `model` is what it is called by."""
     if not wanted.extra:
@@ -85,7 +91,13 @@ def command(wanted: Wanted) -> Launch:
     return Launch(wanted.name or wanted.model, wanted.extra, _visible(wanted.gpus))
 
 
-BACKENDS: dict[str, Callable[[Wanted], Launch]] = {"vllm": vllm, "sglang": sglang, "llama": llama, "command": command}
+BACKENDS: dict[str, Callable[[Wanted], Launch]] = {
+    "vllm": vllm,
+    "sglang": sglang,
+    "llama": llama,
+    "command": command,
+    "simulator": simulator,
+}
 
 
 def _visible(gpus: Sequence[str]) -> dict[str, str]:

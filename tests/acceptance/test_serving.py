@@ -158,6 +158,26 @@ def test_servers_are_launched_brought_back_and_ended(shell: Shell, broker: Broke
     until_sync(lambda: not any(alive(pid) for pid in third), "servers to go with their launcher")
 
 
+def test_a_simulated_model_is_served_like_any_other(shell: Shell, broker: Broker) -> None:
+    server = ("--server", broker.url)
+    flow = shell.directory / "said.py"
+    flow.write_text(FLOW)
+    words = ("serve", "big-model", "--simulate", "embedded", "--drain-s", "1", *server)
+    serving = shell.start(*words, "--", "--responder", "fixed:Simulated.")
+    serving.says("serving big-model at ")
+    shell.start("worker", "-w", str(flow), *server)
+    submitted = shell.run("submit", str(shell.dataset(5)), "-w", str(flow), *server, "llm.model=big-model")
+    assert submitted.returncode == 0, submitted.stderr
+    lines = [json.loads(line) for line in (shell.directory / "out.jsonl").read_text().splitlines()]
+    assert {line["state"]["text"] for line in lines} == {"Simulated."}
+    assert all(line["usage"]["prompt_tokens"] > 0 for line in lines)
+    assert "0 running, 0 waiting" in shell.run("endpoints", *server).stdout
+    serving.signal(15)
+    assert serving.ends() == 0
+    wrong = shell.run("serve", "big-model", "--simulate", "h100", *server)
+    assert (wrong.returncode, "there is no profile 'h100'" in wrong.stderr) == (2, True), wrong.stderr
+
+
 def alive(pid: int) -> bool:
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
@@ -179,7 +199,7 @@ def test_a_server_that_does_not_start_shows_its_log(shell: Shell, broker: Broker
         wrong = shell.run(*command, *words)
         assert (wrong.returncode, said in wrong.stderr) == (2, True), (words, wrong.stderr)
     unknown = shell.run("serve", "tiny", "--backend", "vlm", *server)
-    assert "unknown backend 'vlm': there are vllm, sglang, llama, command" in unknown.stderr
+    assert "unknown backend 'vlm': there are vllm, sglang, llama, command, simulator" in unknown.stderr
     few = shell.run("serve", "tiny", "--replicas", "3", "--gpus", "0,1", *server)
     assert "3 replicas with 1 GPUs each need 3, there are 2: 0, 1" in few.stderr
 
