@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.request import urlopen
 
 import aiohttp
@@ -57,9 +57,11 @@ class Process:
 
 
 @contextlib.contextmanager
-def simulator(profile: str | Path, *arguments: str, cwd: Path | None = None) -> Iterator[Process]:
+def simulator(
+    profile: str | Path, *arguments: str, cwd: Path | None = None, errors: IO[bytes] | None = None
+) -> Iterator[Process]:
     command = [sys.executable, "-m", "matrix_serving.simulator", "--profile", str(profile), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=cwd) as popen:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=cwd) as popen:
         assert popen.stdout is not None
         url = popen.stdout.readline().strip()
         try:
@@ -258,6 +260,23 @@ async def test_a_client_that_goes_away_frees_its_place(stream: bool, slow_profil
             await asyncio.gather(call, return_exceptions=True)
         await until(lambda: process.metrics()["vllm:num_requests_running"] == 0, "the place is free")
         assert process.metrics()['vllm:request_success_total{finished_reason="abort"}'] == 1
+
+
+async def test_streams_that_are_given_up_are_no_errors(slow_profile: Callable[..., Path], tmp_path: Path) -> None:
+    profile = slow_profile(max_num_seqs=100, base_s=0.001, kv_cache_tokens=100 * 4096)
+    body = {"model": "simulated", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    with (
+        (tmp_path / "errors").open("wb") as errors,
+        simulator(profile, "--output-tokens", "fixed:4000", errors=errors) as process,
+    ):
+        for _ in range(5):
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+                calls = [session.post(f"{process.url}/chat/completions", json=body) for _ in range(40)]
+                for response in await asyncio.gather(*calls):
+                    response.close()
+        await until(lambda: process.metrics()["vllm:num_requests_running"] == 0, "all are forgotten")
+        assert process.metrics()['vllm:request_success_total{finished_reason="abort"}'] == 200
+    assert (tmp_path / "errors").read_text() == ""
 
 
 def test_a_script_answers(tmp_path: Path) -> None:

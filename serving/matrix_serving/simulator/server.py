@@ -223,7 +223,14 @@ class Simulator:
         self, http: web.BaseRequest, call: _Call, progress: asyncio.Queue[_Choice], failure: Failure | None
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
-        await response.prepare(http)
+        with contextlib.suppress(ConnectionResetError):  # the client has gone
+            await response.prepare(http)
+            await self._tell(response, call, progress, failure)
+        return response
+
+    async def _tell(
+        self, response: web.StreamResponse, call: _Call, progress: asyncio.Queue[_Choice], failure: Failure | None
+    ) -> None:
         head = {**call.head, "object": "chat.completion.chunk"}
 
         def chunk(choice: _Choice, delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
@@ -239,7 +246,7 @@ class Simulator:
             data = wire.event(chunk(choice, delta, None))
             if failure is Failure.MALFORMED:
                 await response.write(data[: len(data) // 2] + b"\n\n")
-                return response
+                return
             if choice.finished:
                 data += wire.event(chunk(choice, {}, choice.finish_reason))
             if failure is not Failure.EMPTY:
@@ -247,7 +254,6 @@ class Simulator:
         if call.request.stream_options and call.request.stream_options.include_usage:
             await response.write(wire.event({**head, "choices": [], "usage": call.usage()}))
         await response.write(wire.DONE)
-        return response
 
 
 def run(
