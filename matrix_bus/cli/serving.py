@@ -11,6 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from .. import endpoints
@@ -135,6 +136,30 @@ def list_endpoints(server: Server = "") -> None:
             print("\t".join([replica.model, replica.url, replica.state, f"x{replica.capacity:g}", age, said, labels]))
 
     go(work())
+
+
+@app.command()
+def plan(
+    outcomes: Annotated[Path, typer.Argument(metavar="OUTCOMES", help="Output of a run on a sample of the rows.")],
+    profile: Annotated[str, typer.Option("--profile", help="Of the servers: a simulator's profile, or a .yaml file.")],
+    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Servers.")] = 1,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of the whole run.")] = 100_000,
+    in_flight: Annotated[int, typer.Option("--in-flight", min=1, help="As max_in_flight.")] = 1000,
+) -> None:
+    """Estimate how long a run takes on servers like these, from the outcomes of a sample.
+
+    The sample's model calls are replayed through a model of continuous batching, without a clock: prefill, decode
+    steps, the KV cache and its prefixes. Time outside of the model is not in it. One JSON object on stdout.
+    """
+    from matrix_serving.plan import estimate, read_sample
+    from matrix_serving.simulator import load_profile
+
+    found = estimate(read_sample(outcomes), load_profile(profile), replicas=replicas, rows=rows, in_flight=in_flight)
+    say(
+        f"{found.rows} rows on {replicas} replicas: {found.hours:.3g} hours, {found.completion_tokens_per_s:.4g} "
+        f"completion tokens/s, {found.prefix_hit_share:.0%} of the prompts from the prefix cache"
+    )
+    print(msgspec.json.encode(found).decode())
 
 
 def _label(word: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from .reading import (
     Intake,
     Line,
     Rejected,
+    open_lines,
     read,
     repeatable,
 )
@@ -24,6 +25,7 @@ __all__ = (
     "difference",
     "fingerprint",
     "identity",
+    "open_lines",
     "read",
     "repeatable",
     "write_atomically",
