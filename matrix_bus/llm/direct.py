@@ -115,15 +115,19 @@ class DirectTransport:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         if self._closed:
             raise self._edge.gone(model, "this worker has closed it")
+        headers = {**self._headers, SESSION_HEADER: session} if session else self._headers
         try:
-            async with self._session.client.request(
-                method,
-                self._chat_url if method == "POST" else self._models_url,
-                # aiohttp writes plain bytes in one go and warns when they are many.
-                data=(body if len(body) <= _LARGE_BYTES else io.BytesIO(body)) or None,
-                headers={**self._headers, SESSION_HEADER: session} if session else self._headers,
-                timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S),
-            ) as response:
+            try:
+                response = await self._request(method, body, timeout_s, headers)
+            except aiohttp.ClientConnectorError:
+                raise
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                if self._closed:
+                    raise
+                # Sent into a connection that the server was just closing: nothing is wrong with the server. It may
+                # have read the call all the same, and a model call can be made twice.
+                response = await self._request(method, body, timeout_s, headers)
+            async with response:
                 yield response
         except aiohttp.ConnectionTimeoutError as error:
             raise self._edge.gone(model, error) from error
@@ -131,3 +135,15 @@ class DirectTransport:
             raise self._edge.timed_out(model, timeout_s) from error
         except (aiohttp.ClientError, OSError) as error:
             raise self._edge.gone(model, error) from error
+
+    async def _request(
+        self, method: str, body: bytes, timeout_s: float, headers: dict[str, str]
+    ) -> aiohttp.ClientResponse:
+        return await self._session.client.request(
+            method,
+            self._chat_url if method == "POST" else self._models_url,
+            # aiohttp writes plain bytes in one go and warns when they are many.
+            data=(body if len(body) <= _LARGE_BYTES else io.BytesIO(body)) or None,
+            headers=headers,
+            timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S),
+        )

@@ -8,10 +8,13 @@ import time
 
 import aiohttp
 
-_LINE = re.compile(r"^(vllm:[a-z_]+|sglang:[a-z_]+|llamacpp:[a-z_]+)(?:\{[^}]*\})?\s+([0-9.eE+-]+)\s*$", re.MULTILINE)
+_LINE = re.compile(
+    r"^(vllm:[a-z0-9_]+|sglang:[a-z0-9_]+|llamacpp:[a-z0-9_]+)(?:\{[^}]*\})?\s+([0-9.eE+-]+)\s*$", re.MULTILINE
+)
 _RUNNING = ("vllm:num_requests_running", "sglang:num_running_reqs", "llamacpp:requests_processing")
 _WAITING = ("vllm:num_requests_waiting", "sglang:num_queue_reqs", "llamacpp:requests_deferred")
 _TOKENS = ("vllm:generation_tokens_total", "sglang:generation_tokens_total", "llamacpp:tokens_predicted_total")
+_LATENCY = ("vllm:e2e_request_latency_seconds", "sglang:e2e_request_latency_seconds")
 _TIMEOUT_S = 2.0
 
 
@@ -36,6 +39,9 @@ async def sample(url: str, seconds: float) -> str:
     parts = []
     for names, word in ((_RUNNING, "running"), (_WAITING, "waiting")):
         parts += [f"{second[name]:.0f} {word}" for name in names if name in second]
+    for name in _LATENCY:
+        if (calls := second.get(f"{name}_count", 0.0) - first.get(f"{name}_count", 0.0)) > 0:
+            parts.append(f"{(second[f'{name}_sum'] - first.get(f'{name}_sum', 0.0)) / calls:.2f} s a call")
     parts += [f"{(second[n] - first.get(n, 0.0)) / passed_s:.0f} tokens/s" for n in _TOKENS if n in second]
     return ", ".join(parts) or "no metrics"
 

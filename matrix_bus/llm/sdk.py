@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from .edge import CONNECT_TIMEOUT_S, MODELS_TIMEOUT_S, Edge
-from .messages import ChatRequest, OnText, Reply
+from .messages import SESSION_HEADER, ChatRequest, OnText, Reply
 from .streaming import read_stream
 
 if TYPE_CHECKING:
@@ -33,38 +33,54 @@ class SdkTransport:
     async def complete(self, request: ChatRequest, timeout_s: float, on_text: OnText | None = None) -> Reply:
         """Send one call; raises the `ModelError` that fits what went wrong."""
         body = msgspec.to_builtins(request.body(stream=on_text is not None))
+        options = self._options
+        if request.session:
+            options = {**options, "headers": {**(options.get("headers") or {}), SESSION_HEADER: request.session}}
         started = time.perf_counter()
         if on_text is not None:
-            return await self._exchange(self._stream(request.model, body, on_text, started), request.model, timeout_s)
+            return await self._exchange(
+                lambda: self._stream(request.model, body, options, on_text, started), request.model, timeout_s
+            )
         # Plain bytes: the reply is read by the decoder that the direct transport uses, not by pydantic.
-        call = self._client.post("/chat/completions", cast_to=bytes, body=body, options=self._options)
-        answer = await self._exchange(call, request.model, timeout_s)
+        answer = await self._exchange(
+            lambda: self._client.post("/chat/completions", cast_to=bytes, body=body, options=options),
+            request.model,
+            timeout_s,
+        )
         return self._edge.reply(request.model, answer, time.perf_counter() - started)
 
     async def models(self) -> list[str]:
         """The names of the models that the server has; raises as `complete` does."""
-        call = self._client.get("/models", cast_to=bytes, options=self._options)
-        return self._edge.model_names(await self._exchange(call, "", MODELS_TIMEOUT_S))
+        answer = await self._exchange(
+            lambda: self._client.get("/models", cast_to=bytes, options=self._options), "", MODELS_TIMEOUT_S
+        )
+        return self._edge.model_names(answer)
 
     async def close(self) -> None:
         """Close the connections; safe to repeat."""
         self._closed = True
         await self._client.close()
 
-    async def _stream(self, model: str, body: Any, on_text: OnText, started: float) -> Reply:
+    async def _stream(self, model: str, body: Any, options: RequestOptions, on_text: OnText, started: float) -> Reply:
         stream = await self._client.post(
-            "/chat/completions", cast_to=bytes, body=body, options=self._options, stream=True, stream_cls=_events()
+            "/chat/completions", cast_to=bytes, body=body, options=options, stream=True, stream_cls=_events()
         )
         async with stream:
             return await read_stream(self._edge, model, aiter(stream), on_text, started)
 
-    async def _exchange(self, call: Awaitable[T], model: str, timeout_s: float) -> T:
+    async def _exchange(self, call: Callable[[], Awaitable[T]], model: str, timeout_s: float) -> T:
         import openai
 
         try:
             # The SDK's own timeouts are per read, so that a server which trickles would never run into one.
             async with asyncio.timeout(timeout_s):
-                return await call
+                try:
+                    return await call()
+                except openai.APIConnectionError:
+                    if self._closed:
+                        raise
+                    # It may have been sent into a connection that the server was just closing.
+                    return await call()
         except TimeoutError as error:
             raise self._edge.timed_out(model, timeout_s) from error
         except openai.APIStatusError as error:

@@ -102,7 +102,8 @@ async def read_stream(edge: Edge, model: str, events: AsyncIterator[bytes], on_t
         size += len(data)
         if data.strip() == _DONE:
             done = True
-            break
+        if done:  # read to the end all the same: a connection with something left in it cannot be used again
+            continue
         if size > MOST_BYTES:
             raise edge.invalid(model, f"it is longer than {MOST_BYTES >> 20} MiB", data)
         try:

@@ -343,6 +343,21 @@ async def test_a_refused_connection(transport: Transport, server: Server) -> Non
         await transport.complete(REQUEST, LONG_S)
 
 
+async def test_a_connection_that_the_server_was_closing_is_not_its_end(server: Server) -> None:
+    """Each answer is the last on its connection, and does not say so."""
+
+    async def closes(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        asyncio.get_running_loop().call_soon(request.transport.close)
+        return await server.say(request)
+
+    server.handler = closes
+    direct = DirectTransport(server.url)
+    for _ in range(20):
+        assert (await direct.complete(REQUEST, LONG_S)).text == "hello"
+    await direct.close()
+
+
 async def test_closing_ends_calls_in_flight(transport: Transport, server: Server) -> None:
     server.handler = server.hang
     call = asyncio.create_task(transport.complete(REQUEST, LONG_S))
@@ -421,6 +436,13 @@ async def test_a_stream_that_breaks_off(
     streams(server, *pieces, end=end)
     with pytest.raises((ReplyInvalid, EndpointGone), match=said):
         await transport.complete(REQUEST, LONG_S, lambda _: None)
+
+
+async def test_a_session_is_told_to_routers(transport: Transport, server: Server) -> None:
+    await transport.complete(ChatRequest("m", [user("hi")], session="run:7"), LONG_S)
+    await transport.complete(ChatRequest("m", [user("hi")]), LONG_S)
+    told = [{name.lower(): value for name, value in headers.items()} for headers in server.headers]
+    assert [headers.get("x-session-id") for headers in told] == ["run:7", None]
 
 
 async def test_a_refusal_of_a_streamed_call(transport: Transport, server: Server) -> None:

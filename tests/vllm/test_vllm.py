@@ -9,13 +9,12 @@ import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from matrix_bus.broker import Broker
-from matrix_bus.config import ModelConfig, Sampling
-from matrix_bus.errors import ContextLengthExceeded, ModelNotFound
-from matrix_bus.llm import LLM, ChatRequest, ModelPool, user
+from matrix_bus.config import ModelConfig
+from matrix_bus.llm import ModelPool
+from tests import conformance
 from tests.acceptance.conftest import Shell
 
 PYTHON, FOLDER = os.environ.get("VLLM_PYTHON", ""), os.environ.get("VLLM_MODEL", "")
@@ -55,56 +54,21 @@ async def pool(request: pytest.FixtureRequest, served: tuple[Shell, Broker, str]
     await made.close()
 
 
-def llm_over(pool: ModelPool) -> LLM:
-    return LLM(lambda _: pool, "default", Sampling(temperature=0.0, max_tokens=40), [], "tester", 1, 1, 7)
+EVERYTHING = [
+    *conformance.ALL,
+    conformance.knows_its_models,
+    conformance.decodes_by_a_schema,
+    conformance.has_choices_and_logprobs,
+]
 
 
-CHAT = [user("What is the capital of France?")]
+@pytest.mark.parametrize("check", EVERYTHING)
+async def test_both_transports(pool: ModelPool, check: conformance.Check) -> None:
+    await check(pool)
 
 
-async def test_a_chat_with_usage(pool: ModelPool) -> None:
-    await pool.check()
-    reply = await llm_over(pool).chat(CHAT)
-    assert "Paris" in reply.text
-    assert reply.finish_reason in ("stop", "length")
-    assert reply.usage.prompt_tokens > 10
-    assert 0 < reply.usage.completion_tokens <= 40
-
-
-async def test_a_streamed_chat_says_the_same(pool: ModelPool) -> None:
-    heard: list[str] = []
-    reply = await llm_over(pool).chat(CHAT, on_text=heard.append)
-    assert len(heard) > 1
-    assert "".join(heard) == reply.text == (await llm_over(pool).chat(CHAT)).text
-    assert reply.usage.completion_tokens > 0
-    assert 0 < reply.first_s <= reply.latency_s
-
-
-async def test_choices_logprobs_and_stop(pool: ModelPool) -> None:
-    reply = await llm_over(pool).chat(CHAT, n=3, logprobs=2, temperature=1.0)
-    assert len(reply.choices) == 3
-    assert reply.logprobs is not None
-    assert len(reply.logprobs["content"][0]["top_logprobs"]) == 2
-    stopped = await llm_over(pool).chat(CHAT, stop=["Paris"])
-    assert "Paris" not in stopped.text
-
-
-class City(msgspec.Struct):
-    name: str
-    is_capital: bool
-
-
-async def test_guided_decoding(pool: ModelPool) -> None:
-    city = await llm_over(pool).parse([user("Describe Paris as JSON with name and is_capital.")], City, max_tokens=60)
-    assert isinstance(city, City)
-    assert pool.guided
-
-
-async def test_what_is_wrong_is_told_apart(pool: ModelPool) -> None:
-    with pytest.raises(ModelNotFound, match="smollm2"):
-        await pool.complete(ChatRequest("other", CHAT))
-    with pytest.raises(ContextLengthExceeded):
-        await llm_over(pool).chat([user("word " * 5000)])
+async def test_it_is_the_model(pool: ModelPool) -> None:
+    assert "Paris" in (await conformance.llm_over(pool).chat(conformance.CHAT)).text
 
 
 def test_coral_over_it(served: tuple[Shell, Broker, str]) -> None:
