@@ -37,6 +37,12 @@ class Replica(Struct, frozen=True, kw_only=True, omit_defaults=True):
     backend: str = ""
     capacity: float = 1.0
     """Its share of the calls, beside other replicas of the model."""
+    transport: Literal["direct", "sdk", "azure"] = "direct"
+    """How workers call it, as in `llm.transport`."""
+    api_version: str = ""
+    """Of Azure's interface."""
+    api_key_env: str = ""
+    """Environment variable of the workers that holds its key; empty: the one that the run names."""
     labels: dict[str, str] = {}
     state: Literal["up", "draining"] = "up"
     """Draining: no new calls, those under way go on."""
@@ -81,8 +87,8 @@ async def listing(bus: Bus) -> list[Replica]:
 class Change(Struct, frozen=True):
     """The replicas of a model as they are now."""
 
-    up: dict[str, float]
-    """URL to capacity: those that take calls."""
+    up: dict[str, Replica]
+    """By URL: those that take calls."""
     lost: frozenset[str]
     """URLs that were up and are not heard of any more: their calls will not be answered."""
 
@@ -105,7 +111,7 @@ async def watch(bus: Bus, model: str) -> AsyncGenerator[Change, None]:
 
     subject = f"$KV.{BUCKET}.{_model_key(model)}.*"
     subscription = await bus.nc.subscribe(subject, cb=hear)
-    before: dict[str, float] | None = None
+    before: dict[str, Replica] | None = None
     try:
         while True:
             now = time.monotonic()
@@ -114,7 +120,7 @@ async def watch(bus: Bus, model: str) -> AsyncGenerator[Change, None]:
                 heard = {name: (replica, max(at, now - EXPIRES_S / 2)) for name, (replica, at) in heard.items()}
             lost = {replica.url for replica, at in heard.values() if now - at > EXPIRES_S}
             heard = {name: entry for name, entry in heard.items() if now - entry[1] <= EXPIRES_S}
-            up = {replica.url: replica.capacity for replica, _ in heard.values() if replica.state == "up"}
+            up = {replica.url: replica for replica, _ in heard.values() if replica.state == "up"}
             if up != before:
                 before = up
                 yield Change(up, frozenset(lost - up.keys()))

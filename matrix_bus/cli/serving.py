@@ -62,7 +62,10 @@ def serve(
     ] = 1.0,
     label: Annotated[list[str] | None, typer.Option("--label", help="NAME=VALUE, to tell servers apart.")] = None,
     api_key_env: Annotated[
-        str, typer.Option("--api-key-env", help="With --url: environment variable with the key, to look with.")
+        str, typer.Option("--api-key-env", help="With --url: environment variable with the key, here and at workers.")
+    ] = "",
+    azure: Annotated[
+        str, typer.Option("--azure", help="With --url: a resource of Azure OpenAI, and this version of its interface.")
     ] = "",
     drain_s: Annotated[float, typer.Option("--drain-s", min=0, help="At the end, for calls under way.")] = 60.0,
     log_dir: Annotated[Path, typer.Option("--log-dir", help="Each server's log is a file there.")] = Path("serve-logs"),
@@ -89,6 +92,8 @@ def serve(
         if not model:
             raise UsageError("--url needs --model NAME: what the workers ask for")
         config = ModelConfig(model=model, urls=url, api_key_env=api_key_env)
+        if azure:
+            config = msgspec.structs.replace(config, transport="azure", api_version=azure)
         go(_announce(broker_url(server), config, capacity, labels))
     elif what in list(Action):
         if Action(what) is Action.start:
@@ -189,7 +194,7 @@ async def _announce(broker: str, config: ModelConfig, capacity: float, labels: d
     async with await Bus.connect(broker, name="matrix-bus serve") as bus:
         await endpoints.prepare(bus)
         beacon = Beacon(bus)
-        replicas = [_replica(url, config.model, capacity, labels) for url in config.urls]
+        replicas = [_replica(url, config, capacity, labels) for url in config.urls]
         beating = asyncio.create_task(beacon.run())
         keeping = asyncio.gather(*(_keep(beacon, replica, config) for replica in replicas))
         stopped = asyncio.create_task(stopping.wait())
@@ -206,12 +211,22 @@ async def _announce(broker: str, config: ModelConfig, capacity: float, labels: d
         say("withdrawn: no new calls, those under way go on")
 
 
-def _replica(url: str, model: str, capacity: float, labels: dict[str, str]) -> Replica:
+def _replica(url: str, config: ModelConfig, capacity: float, labels: dict[str, str]) -> Replica:
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"--url {url!r} must look like http://host:8000/v1")
     # The same server announced twice, or again after a crash, is one.
     name = blake2b(url.encode(), digest_size=8).hexdigest()
-    return Replica(id=name, model=model, url=url.rstrip("/"), capacity=capacity, labels=labels, started_at=time.time())
+    return Replica(
+        id=name,
+        model=config.model,
+        url=url.rstrip("/"),
+        capacity=capacity,
+        transport=config.transport,
+        api_version=config.api_version if config.transport == "azure" else "",
+        api_key_env=config.api_key_env,
+        labels=labels,
+        started_at=time.time(),
+    )
 
 
 async def _keep(beacon: Beacon, replica: Replica, config: ModelConfig) -> None:

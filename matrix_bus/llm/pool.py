@@ -126,10 +126,13 @@ class ModelPool:
         """How many callers stand in line."""
         return sum(not caller.seat.done() for line in self._lines.values() for caller in line)
 
-    def set_urls(self, urls: Sequence[str] | Mapping[str, float]) -> None:
+    def set_urls(
+        self, urls: Sequence[str] | Mapping[str, float], others: Mapping[str, tuple[ModelConfig, str | None]] = {}
+    ) -> None:
         """Replace the endpoints: those that stay keep their calls, those that go finish theirs.
 
-        Raises `ConfigError` for a URL that is not http(s).
+        `others` are config and key of those that are called in another way. Raises `ConfigError` for a URL that is
+        not http(s).
         """
         if self._closed:
             return
@@ -142,7 +145,11 @@ class ModelPool:
         wanted = list(capacities)
         random.shuffle(wanted)
         self._endpoints = [
-            kept.get(url) or Endpoint(url, self._transports(url), self._config.concurrency) for url in wanted
+            kept.get(url)
+            or Endpoint(
+                url, (_factory(*others[url]) if url in others else self._transports)(url), self._config.concurrency
+            )
+            for url in wanted
         ]
         for endpoint in self._endpoints:
             endpoint.capacity = capacities[endpoint.url]
@@ -255,7 +262,7 @@ class ModelPool:
             except ModelError as error:
                 failure = error
                 continue
-            if not names or self.model in names:
+            if not names or self.model in names or self._config.transport == "azure":  # it lists no deployments
                 return
             failure = ModelNotFound(f"{endpoint.url} has no model {self.model!r}: it has {', '.join(names)}")
         if failure is not None:

@@ -12,6 +12,7 @@ import msgspec
 from .. import endpoints
 from ..bus import Bus
 from ..config import ModelConfig, RunConfig
+from ..endpoints import Replica
 from ..errors import ConfigError, MatrixBusError
 from ..llm import ModelPool
 from ..quota import Quota
@@ -73,7 +74,16 @@ class Models:
                         advice=f"calls wait: start one with matrix-bus serve {config.model}, or set llm.urls",
                     )
                 pool.abandon(change.lost)
-                pool.set_urls(change.up)
+                capacities = {url: replica.capacity for url, replica in change.up.items()}
+                try:
+                    others = {
+                        url: _called(replica)
+                        for url, replica in change.up.items()
+                        if replica.transport != "direct" or replica.api_key_env
+                    }
+                    pool.set_urls(capacities, others)
+                except ConfigError as error:
+                    log.warning("worker.server_unusable", model=config.model, error=str(error))
 
     async def _keep_embedded(self, config: ModelConfig, pool: ModelPool) -> None:
         """Brings the embedded model back if it dies: rows retry meanwhile, and would run out of attempts."""
@@ -113,6 +123,14 @@ class Models:
             keeper.cancel()
         for pool in self._pools.values():
             await pool.close()
+
+
+def _called(replica: Replica) -> tuple[ModelConfig, str | None]:
+    """How a server is called that says so itself, and with which key. Raises `ConfigError`."""
+    config = ModelConfig(model=replica.model, transport=replica.transport, api_key_env=replica.api_key_env)
+    if replica.api_version:
+        config = msgspec.structs.replace(config, api_version=replica.api_version)
+    return config, api_key(config)
 
 
 def api_key(config: ModelConfig) -> str | None:
