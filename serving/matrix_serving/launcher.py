@@ -28,7 +28,8 @@ _MISSED = 5
 is only drowned in work answers sooner than that."""
 _FIRST_S, _LONGEST_S = 1.0, 60.0
 _GRACE_S = 10.0
-_TAIL_LINES = 15
+_TAIL_LINES = 40
+"""vLLM says a lot after what matters."""
 _KEEPER = Path(__file__).with_name("keeper.py")
 
 # A proxy from the environment, as clusters have one, must not answer a look at our own server.
@@ -45,6 +46,7 @@ class Server:
         self._host = host
         self._ready_within_s = ready_within_s
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_from = 0
         self.port = free_port()
 
     async def run(self, on_change: Callable[[bool], None], say: Callable[[str], None]) -> None:
@@ -94,9 +96,11 @@ class Server:
             process.wait()
 
     def tail(self) -> str:
-        """The last lines of its log."""
+        """The last lines of its log, of the last start alone."""
         try:
-            lines = self.log.read_text(errors="replace").splitlines()
+            with self.log.open("rb") as log:
+                log.seek(self._log_from)
+                lines = log.read().decode(errors="replace").splitlines()
         except OSError:
             return ""
         return "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:])
@@ -105,6 +109,7 @@ class Server:
         filled = [word.replace("{port}", str(self.port)).replace("{host}", self._host) for word in self._launch.words]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
+            self._log_from = log.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_KEEPER), *filled],
                 stdin=subprocess.PIPE,

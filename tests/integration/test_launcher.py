@@ -43,6 +43,7 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 if manner != "silent":
     server = HTTPServer(("127.0.0.1", int(port)), Models)
+print("serving as", os.getpid(), flush=True)
 with open(f"{folder}/pids", "a") as file:
     file.write(f"{os.getpid()} {engine.pid}\\n")
 while manner == "silent":
@@ -119,6 +120,9 @@ async def test_each_crash_is_waited_for_longer(watched: Watched) -> None:
         server, _ = await watched.up(times)
         os.kill(server, signal.SIGKILL)
     await watched.up(4)
+    started = [f"serving as {server}\n" for server, _ in pids_in(watched.folder)]
+    assert watched.server.log.read_text() == "".join(started)
+    assert [said.rpartition(" ends:\n  ")[2] for said in watched.said] == [line.strip() for line in started[:3]]
     assert [said.partition(" in ")[2].partition(" s;")[0] for said in watched.said] == ["0.2", "0.4", "0.8"]
 
 
@@ -143,7 +147,7 @@ async def test_a_server_whose_keeper_is_killed_is_brought_back(watched: Watched)
 async def test_sigterm_goes_to_the_server_alone(watched: Watched) -> None:
     pids = await watched.up()
     await watched.end()
-    assert watched.server.log.read_text() == "stopping, the engine lives\n"
+    assert watched.server.log.read_text().endswith("stopping, the engine lives\n")
     await until(lambda: gone(*pids), "all of it to be gone")
 
 
@@ -152,7 +156,7 @@ async def test_a_server_that_does_not_go_is_killed(tmp_path: Path, monkeypatch: 
     watched = Watched(tmp_path, "stubborn")
     pids = await watched.up()
     await watched.end()
-    assert watched.server.log.read_text() == "stopping, the engine lives\n"
+    assert watched.server.log.read_text().endswith("stopping, the engine lives\n")
     await until(lambda: gone(*pids), "all of it to be gone")
 
 
