@@ -109,13 +109,14 @@ def shares_of_gpus(given: str, replicas: int, per_replica: int) -> list[tuple[st
 
     Raises `UsageError` if there are too few.
     """
-    gpus = [gpu for gpu in (given or os.environ.get("CUDA_VISIBLE_DEVICES", "")).split(",") if gpu] or _installed()
-    if not gpus:
+    named = given or os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = _installed() if named is None else [gpu.strip() for gpu in named.split(",") if gpu.strip()]
+    if not gpus and per_replica == 1:
         return [()] * replicas
     if len(gpus) < replicas * per_replica:
         raise UsageError(
             f"{replicas} replicas with {per_replica} GPUs each need {replicas * per_replica}, there are {len(gpus)}: "
-            f"{', '.join(gpus)}; lower --replicas or --gpus-per-replica, or name others with --gpus"
+            f"{', '.join(gpus) or 'none found'}; lower --replicas or --gpus-per-replica, or name others with --gpus"
         )
     return [tuple(gpus[at * per_replica : (at + 1) * per_replica]) for at in range(replicas)]
 

@@ -27,7 +27,10 @@ _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output
 
 
 def hf_name(name: str) -> str:
-    """The Hugging Face name of a tensor that llama.cpp calls `name`. Raises `KeyError` for one of another family."""
+    """The Hugging Face name of a tensor that llama.cpp calls `name`.
+
+    Raises `KeyError` or `ValueError` for one that a plain Llama does not have.
+    """
     stem = name.removesuffix(".weight")
     if stem in _TOP:
         return f"{_TOP[stem]}.weight"
@@ -42,12 +45,33 @@ def without_permutation(weights: Any, heads: int) -> Any:
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Writes `folder`: config, weights, tokenizer."""
-    import torch  # type: ignore[import-not-found]
-    from gguf import GGUFReader, dequantize  # type: ignore[import-not-found]
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]
+    """Writes `folder`: config, weights, tokenizer; all of it, or nothing.
+
+    Raises `SystemExit` with what is wrong: no such file, none of this family, a package that is missing.
+    """
+    try:
+        with source.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise SystemExit(f"{source}: {error.strerror}") from None
+    if magic != b"GGUF":
+        raise SystemExit(f"{source} is not a GGUF file")
+    if folder.exists():
+        raise SystemExit(f"{folder} exists already: name another folder, or delete it")
+    try:
+        import torch  # type: ignore[import-not-found]
+        from gguf import GGUFReader, dequantize  # type: ignore[import-not-found]
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise SystemExit(
+            f"the conversion needs torch, transformers and gguf ({error}): run it with the interpreter of vLLM's "
+            "environment, after pip install gguf there"
+        ) from None
 
     reader = GGUFReader(str(source))
+    family = reader.get_field("general.architecture").contents()
+    if family != "llama":
+        raise SystemExit(f"{source} is of the family {family!r}: only llama can be converted; serve its original")
 
     def fact(name: str, default: Any = None) -> Any:
         field = reader.get_field(f"llama.{name}")
@@ -62,7 +86,10 @@ def convert(source: Path, folder: Path) -> None:
             values = without_permutation(values, heads)
         elif ".attn_k." in tensor.name:
             values = without_permutation(values, kv_heads)
-        weights[hf_name(tensor.name)] = torch.tensor(values)
+        try:
+            weights[hf_name(tensor.name)] = torch.tensor(values)
+        except (KeyError, ValueError):
+            raise SystemExit(f"{source} has a tensor {tensor.name!r}, which this conversion does not know") from None
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     config = LlamaConfig(
         vocab_size=weights["model.embed_tokens.weight"].shape[0],
@@ -83,8 +110,10 @@ def convert(source: Path, folder: Path) -> None:
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise SystemExit(f"{source} does not fit: missing {missing}, unexpected {unexpected}")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
 
 
 if __name__ == "__main__":

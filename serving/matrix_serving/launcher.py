@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, build_opener
 
 from matrix_bus.errors import UsageError
 from matrix_bus.service import free_port
@@ -22,12 +22,18 @@ from .backends import Launch
 
 _POLL_S = 0.25
 _LOOK_S = 2.0
+_LOOK_TIMEOUT_S = 10.0
 _MISSED = 5
-"""Looks in a row without an answer after which a server that still runs is started anew."""
+"""Looks in a row without an answer, a minute in all, after which a server that still runs is started anew. One that
+is only drowned in work answers sooner than that."""
 _FIRST_S, _LONGEST_S = 1.0, 60.0
 _GRACE_S = 10.0
-_TAIL_LINES = 15
-_PR_SET_PDEATHSIG = 1
+_TAIL_LINES = 40
+"""vLLM says a lot after what matters."""
+_KEEPER = Path(__file__).with_name("keeper.py")
+
+# A proxy from the environment, as clusters have one, must not answer a look at our own server.
+_opener = build_opener(ProxyHandler({}))
 
 
 class Server:
@@ -40,12 +46,8 @@ class Server:
         self._host = host
         self._ready_within_s = ready_within_s
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_from = 0
         self.port = free_port()
-
-    @property
-    def pid(self) -> int | None:
-        """Of the server's process, while there is one."""
-        return self._process.pid if self._process is not None else None
 
     async def run(self, on_change: Callable[[bool], None], say: Callable[[str], None]) -> None:
         """Starts the server and brings it back whenever it dies; `on_change` is told when it answers, and when not.
@@ -74,23 +76,31 @@ class Server:
             await self.stop(_GRACE_S)
 
     async def stop(self, grace_s: float) -> None:
-        """SIGTERM to its process group, and SIGKILL after the grace."""
+        """SIGTERM to the server, and SIGKILL after the grace, or once it has ended, to all that it has started."""
         process, self._process = self._process, None
         if process is None:
             return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        assert process.stdin is not None and process.stdout is not None
+        try:
             if process.poll() is None and grace_s > 0:
-                os.killpg(process.pid, signal.SIGTERM)
+                with contextlib.suppress(BrokenPipeError):
+                    os.write(process.stdin.fileno(), b".")
                 deadline = time.monotonic() + grace_s
                 while process.poll() is None and time.monotonic() < deadline:  # noqa: ASYNC110
                     await asyncio.sleep(_POLL_S / 5)
-            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
-        process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.stdin.close()
+            process.stdout.close()
+            process.wait()
 
     def tail(self) -> str:
-        """The last lines of its log."""
+        """The last lines of its log, of the last start alone."""
         try:
-            lines = self.log.read_text(errors="replace").splitlines()
+            with self.log.open("rb") as log:
+                log.seek(self._log_from)
+                lines = log.read().decode(errors="replace").splitlines()
         except OSError:
             return ""
         return "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:])
@@ -98,19 +108,16 @@ class Server:
     def _start(self) -> None:
         filled = [word.replace("{port}", str(self.port)).replace("{host}", self._host) for word in self._launch.words]
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with self.log.open("ab") as log:
-                self._process = subprocess.Popen(
-                    filled,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env={**os.environ, **self._launch.environment},
-                    start_new_session=True,
-                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
-                )
-        except OSError as error:
-            raise UsageError(f"the server of {self.name} cannot be started: {filled[0]}: {error.strerror}") from None
+        with self.log.open("ab") as log:
+            self._log_from = log.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_KEEPER), *filled],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **self._launch.environment},
+                start_new_session=True,
+            )
 
     async def _until_ready(self) -> str:
         """Empty once it answers, else why it does not."""
@@ -137,28 +144,24 @@ class Server:
                     return f"has not answered {missed} times in a row"
 
     def _ended(self) -> str:
-        code = None if self._process is None else self._process.poll()
-        return "" if code is None else f"ended with exit code {code}"
+        process = self._process
+        if process is None or process.poll() is None:
+            return ""
+        assert process.stdout is not None
+        code = process.stdout.read().decode()
+        return f"ended with exit code {code}" if code else "was killed together with its keeper"
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://{self.local_host}:{self.port}/v1/models", timeout=_LOOK_S) as reply:
+            url = f"http://{self.local_host}:{self.port}/v1/models"
+            with _opener.open(url, timeout=_LOOK_TIMEOUT_S) as reply:
                 return bool(reply.status == 200)
-        except urllib.error.HTTPError as error:
+        except HTTPError as error:
             return error.code < 500  # it wants a key, or has no such list: it is there
-        except (OSError, ValueError):
+        except (OSError, HTTPException):
             return False
 
     @property
     def local_host(self) -> str:
         """By which it is reached from this machine."""
         return "127.0.0.1" if self._host == "0.0.0.0" else self._host  # noqa: S104 - compared, not bound
-
-
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
-def _die_with_parent() -> None:
-    """A launcher that is killed must not leave servers behind that hold its GPUs."""
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import msgspec
 from matrix_bus import endpoints
 from matrix_bus.bus import Bus
 from matrix_bus.endpoints import Beacon, Replica
+from matrix_bus.errors import UsageError
 from matrix_bus.llm.metrics import running
 
 from .backends import Launch
@@ -39,8 +41,15 @@ async def serve_replicas(
     """Runs until `stopping`: then no new calls come, those under way have `drain_s` seconds, and the servers end.
 
     `advertise` is the host name that workers reach the servers by. Raises `UsageError` if a server ends before it
-    ever answered.
+    ever answered, or if nobody could reach it.
     """
+    if host == "0.0.0.0" and not advertise:  # noqa: S104 - compared, not bound
+        raise UsageError("--host 0.0.0.0 needs --advertise NAME: the host name that workers reach this machine by")
+    if host != "127.0.0.1" and any("{host}" not in " ".join(launch.words) for launch in launches):
+        raise UsageError(
+            f"--host {host}: backend {backend!r} does not take it: leave it out; in a command of your own, {{host}} "
+            "is where it goes"
+        )
     await endpoints.prepare(bus)
     beacon = Beacon(bus)
     shown: dict[str, Replica] = {}
@@ -48,7 +57,7 @@ async def serve_replicas(
     async def keep(number: int, launch: Launch) -> None:
         server = Server(launch, logs / f"{_file_name(launch.name)}-{number}.log", host=host)
         url = f"http://{advertise or server.local_host}:{server.port}/v1"
-        identity = f"{number}-{server.port}-{int(time.time())}"
+        identity = f"{number}-{secrets.token_hex(6)}"  # machines start by the hundred in one second
 
         def changed(up: bool) -> None:
             if up:
@@ -74,7 +83,8 @@ async def serve_replicas(
 
     withdrawing: set[asyncio.Task[None]] = set()
     beating = asyncio.create_task(beacon.run())
-    keeping = asyncio.gather(*(keep(number, launch) for number, launch in enumerate(launches)))
+    keepers = [asyncio.create_task(keep(number, launch)) for number, launch in enumerate(launches)]
+    keeping = asyncio.gather(*keepers)
     stopped = asyncio.create_task(stopping.wait())
     both: list[asyncio.Future[Any]] = [keeping, stopped]
     try:
@@ -85,9 +95,9 @@ async def serve_replicas(
     finally:
         for replica in list(shown.values()):
             await beacon.hide(replica.id)
-        for task in (*both, beating):
+        for task in (*keepers, *both, beating):
             task.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)
+        await asyncio.gather(*keepers, return_exceptions=True)
 
 
 async def _drain(beacon: Beacon, replicas: list[Replica], drain_s: float, say: Callable[[str], None]) -> None:

@@ -194,6 +194,8 @@ def test_a_server_that_does_not_start_shows_its_log(shell: Shell, broker: Broker
         (("--", sys.executable, str(tiny), "{port}", "no GPU found"), "ended with exit code 1; the end of"),
         (("--", sys.executable, str(tiny), "{port}", "no GPU found"), "no GPU found"),
         (("--", "no-such-server"), "no-such-server: No such file"),
+        (("--host", "0.0.0.0", "--", "no-such-server", "{host}"), "--host 0.0.0.0 needs --advertise NAME"),
+        (("--host", "0.0.0.0", "--advertise", "here", "--", "no-such-server"), "backend 'command' does not take it"),
         ((), "needs a command after --"),
     ):
         wrong = shell.run(*command, *words)
