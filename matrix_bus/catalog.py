@@ -42,6 +42,12 @@ class WorkflowInfo(Struct, frozen=True, kw_only=True):
     schema: int = SCHEMA
     """Version of this struct: a reader refuses what is newer than itself."""
 
+    @property
+    def parsed_fields(self) -> frozenset[str]:
+        """Fields of an input line that cannot be text: a table's cells in them have to be read."""
+        fields = _properties(self.input) if self.input is not None else {}
+        return frozenset(name for name, kind in fields.items() if not _admits_text(kind, self.input or {}))
+
     def row_check(self) -> Callable[[bytes], None]:
         """What raises `RowError` for a line that the input schema does not allow; compiled at each call."""
         if self.input is None:
@@ -245,3 +251,13 @@ def _properties(schema: dict[str, Any]) -> dict[str, Any]:
     name = schema.get("$ref", "").rpartition("/")[2]
     properties: dict[str, Any] = (schema["$defs"][name] if name else schema).get("properties", {})
     return properties
+
+
+def _admits_text(kind: dict[str, Any], schema: dict[str, Any]) -> bool:
+    if "$ref" in kind:
+        return _admits_text(schema["$defs"][kind["$ref"].rpartition("/")[2]], schema)
+    if "anyOf" in kind:
+        return any(_admits_text(branch, schema) for branch in kind["anyOf"])
+    if "enum" in kind:
+        return any(isinstance(value, str) for value in kind["enum"])
+    return bool(kind.get("type", "string") == "string")

@@ -21,7 +21,7 @@ from .config import RunConfig, parse_run, tree_of
 from .errors import ConfigError
 
 _SHIPPED = Path(__file__).parent / "conf"
-_GROUPS = ("workflow", "roles", "llm", "broker", "sandbox", "io", "limits")
+_GROUPS = ("workflow", "roles", "llm", "broker", "sandbox", "input", "io", "limits")
 _PRIMARY = "matrix_bus_run"
 # Hydra's own pattern has a slash among the letters, for groups inside groups; we have none, but files in folders.
 _OVERRIDE = re.compile(r"[+~]*[\w.@]+=|~[\w.@]+$")

@@ -162,6 +162,21 @@ class SandboxConfig(_Group, frozen=True, kw_only=True):
     """There is no sandbox yet, so no role can ask for one."""
 
 
+class InputConfig(_Group, frozen=True, kw_only=True):
+    """Which lines of the dataset become rows, and what of them."""
+
+    skip: Annotated[int, Meta(ge=0)] = 0
+    """So many lines at the beginning are left out."""
+    limit: Positive | None = None
+    """No more than so many lines after that, those that are rejected included."""
+    shuffle: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    """Submit in random order, as far as a buffer of so many lines goes (they are held in memory); 0: as they stand."""
+    fields: list[str] = []
+    """Leave out all other fields of a line, but for `id`; empty: keep all."""
+    rename: dict[str, str] = {}
+    """New name of a field -> the one that it has in the line; dots lead into objects: `metadata.url`."""
+
+
 class IoConfig(_Group, frozen=True, kw_only=True):
     """How rows are carried."""
 
@@ -206,6 +221,7 @@ class RunConfig(_Group, frozen=True, kw_only=True):
     roles: dict[str, RoleConfig] = {}
     broker: BrokerConfig = BrokerConfig()
     sandbox: SandboxConfig = SandboxConfig()
+    input: InputConfig = InputConfig()
     io: IoConfig = IoConfig()
     limits: LimitsConfig = LimitsConfig()
     max_in_flight: Annotated[int, Meta(ge=1, le=1_000_000)] = 10_000

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal
 
 import msgspec
@@ -66,6 +66,10 @@ class RunRecord(Struct, kw_only=True):
     """The total that it had before it was opened again, for more lines or for failed rows."""
     lines: int = 0
     """Lines of the dataset that are in the run for sure: what is added behind them can still be submitted."""
+    shards: int = 1
+    """Parts that the dataset is submitted in, each by a submitter of its own."""
+    sealed: dict[int, tuple[int, int]] = {}
+    """By number from 1, of the shards that are submitted: (rows, lines); until the last of them is."""
     retried: int = 0
     """How many times failed rows were sent again: outcomes outnumber rows then."""
     why: str = ""
@@ -286,6 +290,26 @@ async def update(bus: Bus, run: str, *, when: RunState | None = None, **changes:
 
     With `when` only in that state; returns the record as it is then.
     """
+    return await _change(bus, run, lambda record: msgspec.structs.replace(record, **changes), when)
+
+
+async def seal(bus: Bus, run: str, shard: int, rows: int, lines: int) -> RunRecord:
+    """Notes that all `rows` of a shard are submitted, of so many `lines`; the last shard gives the run its total."""
+
+    def with_shard(record: RunRecord) -> RunRecord:
+        sealed = {**record.sealed, shard: (rows, lines)}
+        if len(sealed) < record.shards:
+            return msgspec.structs.replace(record, sealed=sealed)
+        total = (record.total_before or 0) + sum(of[0] for of in sealed.values())
+        most = max(record.lines, *(of[1] for of in sealed.values()))
+        return msgspec.structs.replace(record, total=total, total_before=None, lines=most, sealed={})
+
+    return await _change(bus, run, with_shard)
+
+
+async def _change(
+    bus: Bus, run: str, change: Callable[[RunRecord], RunRecord], when: RunState | None = None
+) -> RunRecord:
     while True:
         stored = await bus.last(_KEYS, _key(run))
         if stored is None:
@@ -293,7 +317,7 @@ async def update(bus: Bus, run: str, *, when: RunState | None = None, **changes:
         record = _decode.decode(stored.data)
         if when is not None and record.state != when:
             return record
-        record = msgspec.structs.replace(record, **changes)
+        record = change(record)
         try:
             body, headers = msgspec.json.encode(record), fence(stored.seq)
             await patiently(bus, lambda: bus.publish(_key(run), body, headers))  # noqa: B023 - awaited at once

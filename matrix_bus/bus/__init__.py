@@ -3,9 +3,10 @@
 All errors of the broker and of its client library are translated here, at one edge, into `matrix_bus.errors`.
 """
 
-from .connection import Bus, without_password
+from .connection import Bus
 from .patience import FIRST_WAIT_S, note_refusal, patiently, pause
 from .pull import Lane
+from .server import without_password
 from .streams import create_bucket, create_stream
 from .wire import STREAM_NOT_FOUND, PubAck, Stored, delivery_facts, fence, is_lost_race
 

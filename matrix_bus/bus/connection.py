@@ -7,7 +7,6 @@ import base64
 import contextlib
 import itertools
 import math
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -22,24 +21,22 @@ from ..errors import (
     BusError,
     BusTimeout,
     BusUnavailable,
-    BusUnsuitable,
     NobodyListens,
     PublishRefused,
 )
 from ..telemetry import logger
+from .server import check_server, without_password
 from .wire import (
     NO_MESSAGE,
     PubAck,
     Stored,
+    answer,
+    confirmation,
     fence,
     get_reply,
     parse_headers,
-    pub_reply,
     sequence_in,
 )
-
-OLDEST_SERVER = (2, 12)
-"""Batched direct get and per-subject fences with wildcards need it; what is tested is 2.15."""
 
 CALL_TIMEOUT_S = 5.0
 _SWEEP_S = 0.5
@@ -47,11 +44,6 @@ _NEVER = (1 << 63) - 1
 """No message has this sequence."""
 
 log = logger("bus")
-
-
-def without_password(url: str) -> str:
-    """A broker's address as it may be shown."""
-    return re.sub("//[^@/]*@", "//", url)
 
 
 Reconnected = Callable[[], Awaitable[None]]
@@ -124,27 +116,12 @@ class Bus:
                 "(--server, MATRIX_BUS_SERVER) or start one with `matrix-bus broker`"
             ) from None
         try:
-            bus._check_server()
+            check_server(bus.url, client._server_info)
             await bus._open()
         except BaseException:
             await bus.close()
             raise
         return bus
-
-    def _check_server(self) -> None:
-        info: dict[str, Any] = self.nc._server_info
-        version = str(info.get("version", "0"))
-        found = re.match(r"(\d+)\.(\d+)", version)
-        if found is None or (int(found[1]), int(found[2])) < OLDEST_SERVER:
-            raise BusUnsuitable(
-                f"nats-server at {self.url} is {version}: matrix-bus needs "
-                f"{OLDEST_SERVER[0]}.{OLDEST_SERVER[1]} or later; upgrade it, or leave --server out for a local one"
-            )
-        if not info.get("jetstream"):
-            raise BusUnsuitable(
-                f"nats-server at {self.url} runs without JetStream: start it with `nats-server -js`, or with "
-                "`jetstream {}` in its configuration"
-            )
 
     async def _open(self) -> None:
         await self.nc.subscribe(self._inbox + "*", cb=self._on_reply, pending_msgs_limit=0, pending_bytes_limit=0)
@@ -211,12 +188,9 @@ class Bus:
         self._waiting[token] = (future, time.monotonic() + timeout_s)
         try:
             await self.send(subject, body, headers, reply=self._inbox + token)
-            reply = await future
+            return answer(subject, await future)
         finally:
             self._waiting.pop(token, None)
-        if reply.headers is not None and reply.headers.get("Status") == "503":
-            raise NobodyListens(f"nobody answers on {subject}")
-        return reply
 
     async def send(self, subject: str, body: bytes, headers: dict[str, str] | None = None, reply: str = "") -> None:
         """Hands a message to the connection, unconfirmed. Raises `BusError`."""
@@ -230,10 +204,36 @@ class Bus:
 
         Raises `PublishRefused` with the broker's code, or `BusTimeout` when it is unknown whether it is stored.
         """
-        reply = pub_reply.decode((await self.call(subject, body, headers)).data)
-        if reply.error is not None:
-            raise PublishRefused(subject, reply.error.err_code, reply.error.description)
-        return PubAck(reply.seq, reply.duplicate)
+        return confirmation(subject, await self.call(subject, body, headers))
+
+    async def begin_publish(
+        self, subject: str, body: bytes, headers: dict[str, str], done: Callable[[BaseException | None], None]
+    ) -> None:
+        """Hands over a message to be stored, and goes on; `done` is told the outcome: None, or what `publish` raises.
+
+        For many at once: it costs no task.
+        """
+        if self._closing or not self._up.is_set():
+            await self.wait_connected()
+        token = str(next(self._tokens))
+        future: asyncio.Future[Msg] = self._loop.create_future()
+        self._waiting[token] = (future, time.monotonic() + CALL_TIMEOUT_S)
+
+        def settle(replied: asyncio.Future[Msg]) -> None:
+            self._waiting.pop(token, None)
+            try:
+                confirmation(subject, replied.result())
+            except Exception as error:
+                done(error)
+            else:
+                done(None)
+
+        future.add_done_callback(settle)
+        try:
+            await self.send(subject, body, headers, reply=self._inbox + token)
+        except BusError as error:
+            if not future.done():
+                future.set_exception(error)
 
     async def api(self, method: str, payload: Any = None, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
         """A call of JetStream's JSON API, such as `STREAM.INFO.name`.

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import msgspec
 from msgspec import Struct
+from nats.aio.msg import Msg
 
-from ..errors import PublishRefused
+from ..errors import NobodyListens, PublishRefused
 
 # JetStream's err_code values (server/errors.json of nats-server).
 WRONG_LAST_SEQUENCE = 10071
@@ -59,8 +60,23 @@ class GetReply(Struct):
     error: ApiError | None = None
 
 
-pub_reply = msgspec.json.Decoder(PubReply)
+_pub_reply = msgspec.json.Decoder(PubReply)
 get_reply = msgspec.json.Decoder(GetReply)
+
+
+def answer(subject: str, reply: Msg) -> Msg:
+    """A reply, if somebody gave it. Raises `NobodyListens`."""
+    if reply.headers is not None and reply.headers.get("Status") == "503":
+        raise NobodyListens(f"nobody answers on {subject}")
+    return reply
+
+
+def confirmation(subject: str, reply: Msg) -> PubAck:
+    """What a reply to a published message says. Raises `PublishRefused`."""
+    found = _pub_reply.decode(answer(subject, reply).data)
+    if found.error is not None:
+        raise PublishRefused(subject, found.error.err_code, found.error.description)
+    return PubAck(found.seq, found.duplicate)
 
 
 def fence(last: int, on: str = "") -> dict[str, str]:

@@ -7,6 +7,7 @@ import sys
 import time
 
 from ..orchestrator import Usage
+from ..registry import Progress
 from ..run import EndpointTally, Tally
 
 
@@ -42,11 +43,17 @@ class ProgressLine:
             )
 
 
-def progress_text(total: int | None, in_flight: int, waiting: int, tally: Tally) -> str:
-    """`12/24 rows · 4 in flight · 9 agreement, 3 no_agreement · 85 tokens/s`"""
-    parts = [f"{tally.rows}/{total if total is not None else '?'} rows", f"{in_flight} in flight"]
-    if waiting:
-        parts.append(f"{waiting} waiting")
+def progress_text(now: Progress, tally: Tally, read: int | None = None) -> str:
+    """`12/24 rows done · 4 in flight · 16 admitted · 9 agreement, 3 no_agreement · 85 tokens/s`
+
+    `read` is how many rows were read so far, while there are more.
+    """
+    of = now.total if now.total is not None else "?"
+    parts = [f"{tally.rows}/{of} rows done", f"{now.in_flight} in flight"]
+    if read is not None or now.waiting:
+        parts.append(f"{max(tally.rows, now.outcomes - now.retried) + now.in_flight} admitted")
+    if read is not None:
+        parts.append(f"{read} read")
     if tally.reasons:
         parts.append(", ".join(f"{n} {reason or kind}" for (kind, reason), n in tally.reasons.most_common(4)))
     if tally.seconds > 0 and tally.usage.calls:

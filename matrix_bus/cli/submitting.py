@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
 import os
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import typer
 
-from .. import catalog, dataset, registry, run
+from .. import dataset, run
 from ..agent import Workflow
 from ..bus import Bus
 from ..config import RunConfig
-from ..errors import BusError, DatasetError, RunError
+from ..errors import ConfigError, RunError
 from ..registry import RunRecord
 from ..telemetry import configure_logs
 from . import app
 from .common import LogJson, LogLevel, OutputPath, Server, WorkflowSpec, broker_url, embedded_model, go, say
+from .feeding import Job, open_feed
 from .settings import ConfigDir, Words, load
-from .show import ProgressLine, progress_text, summary
-from .telling import interruptible, paused_text, say_kept, submitting, worker_command
-
-_STATUS_EVERY_S = 1.0
-_SAY_MISSING_AFTER_S = 4.0
+from .show import ProgressLine, summary
+from .telling import interruptible, say_kept
+from .watching import watched
 
 RunId = Annotated[str, typer.Option("--run", help="Id of the run; the same id and data again continue it.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Submit nothing if a line cannot become a row.")]
@@ -72,7 +65,7 @@ def run_all(
     worker = subprocess.Popen(command, env={**_import_here(), "MATRIX_BUS_SERVER": url}, start_new_session=True)
     try:
         with interruptible(output):
-            tally = go(_submit_and_wait(_Job(url, flow, config, data, output, run_id, strict), worker))
+            tally = go(_submit_and_wait(Job(url, flow, config, data, output, run_id, strict), worker))
     finally:
         worker.terminate()
         worker.wait()
@@ -91,6 +84,14 @@ def submit(
     detach: Annotated[
         bool, typer.Option("--detach", help="Return once everything is submitted; collect later.")
     ] = False,
+    shard: Annotated[
+        str,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            help="Submit only this part, as in 2/4: N submitters feed one --run, each reads the whole dataset.",
+        ),
+    ] = "",
     config_dir: ConfigDir = None,
     server: Server = "",
     log_level: LogLevel = "warning",
@@ -105,7 +106,10 @@ def submit(
     data, flow, config = load(workflow, words, config_dir)
     run.new_record(flow, config)  # a mistake shows before a broker is started
     _say_missing_models(flow, config)
-    job = _Job(broker_url(server or config.broker.url), flow, config, data, output, run_id, strict)
+    part = dataset.Shard.parse(shard)
+    if part.count > 1 and not run_id:
+        raise ConfigError("--shard needs --run ID: all shards go into one run")
+    job = Job(broker_url(server or config.broker.url), flow, config, data, output, run_id, strict, part)
     with interruptible(output):
         if detach:
             record = go(_detach(job))
@@ -159,166 +163,36 @@ def _import_here() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
 
-class _Rejects:
-    """Lines that cannot become rows, written beside the output with their place and the reason."""
-
-    def __init__(self, output: Path) -> None:
-        self.path = output.with_name(f"{output.name}.rejected.jsonl")
-        self.count = 0
-
-    def add(self, line: dataset.Rejected) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab" if self.count else "wb") as file:
-            file.write(msgspec.json.encode(line) + b"\n")
-        self.count += 1
-
-    def tell(self) -> None:
-        if self.count:
-            say(f"{self.count} lines rejected, with line number and reason in {self.path}")
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What was asked for on the command line."""
-
-    url: str
-    flow: Workflow[Any]
-    config: RunConfig
-    data: str
-    output: Path
-    run_id: str
-    strict: bool
-
-
-async def _start(bus: Bus, job: _Job) -> RunRecord:
-    """Opens the run and submits the dataset to it."""
-    with dataset.repeatable(job.data, twice=job.strict) as path:
-        if job.strict:
-            _refuse_rejected(path, job)
-        return await _submit(bus, path, job)
-
-
-def _refuse_rejected(path: str, job: _Job) -> None:
-    rejects = _Rejects(job.output)
-    for line in dataset.read(path, check=job.flow.begin):
-        if isinstance(line, dataset.Rejected):
-            rejects.add(line)
-    if rejects.count:
-        raise DatasetError(
-            f"{rejects.count} lines of {job.data} cannot become rows, so with --strict nothing is submitted: "
-            f"line number and reason are in {rejects.path}"
-        )
-
-
-async def _submit(bus: Bus, path: str, job: _Job) -> RunRecord:
-    record = run.new_record(job.flow, job.config, run=job.run_id, source=dataset.identity(job.data))
-    await registry.prepare(bus, job.config.broker.replicas)
-    if await registry.get(bus, record.id) is not None:
-        record = await run.open_run(bus, record)
-        if record.total is not None:
-            submitting.append(record.id)
-            say(f"run {record.id} is submitted already, with {record.total} rows: going on with it")
-            return record
-    rejects = _Rejects(job.output)
-    lines = dataset.read(path, check=job.flow.begin)
-    first = _first_row(lines, rejects)  # a file without one must not leave an empty run behind
-    if first is None:
-        raise DatasetError(f"no line of {job.data} could become a row: see {rejects.path}")
-    record = await run.open_run(bus, record)
-    await catalog.announce(bus, catalog.describe(job.flow))
-    submitting.append(record.id)
-    line = ProgressLine()
-    done = await run.submit(
-        bus,
-        record,
-        itertools.chain([first], lines),
-        on_reject=rejects.add,
-        on_progress=lambda n: line.show(f"{n} rows submitted"),
-    )
-    line.clear()
-    rejects.tell()
-    say(f"run {record.id}: {done.rows} rows submitted in {done.seconds:.1f} s")
-    return record
-
-
-def _first_row(lines: Iterator[dataset.Line | dataset.Rejected], rejects: _Rejects) -> dataset.Line | None:
-    for line in lines:
-        if isinstance(line, dataset.Line):
-            return line
-        rejects.add(line)
-    return None
-
-
-async def _detach(job: _Job) -> RunRecord:
+async def _detach(job: Job) -> RunRecord:
     async with await Bus.connect(job.url, name="matrix-bus submit") as bus:
-        return await _start(bus, job)
+        with dataset.repeatable(job.data, twice=job.strict) as path:
+            feed = await open_feed(bus, path, job)
+            line = ProgressLine()
+            await feed.submit(bus, lambda rows: line.show(f"{rows} rows submitted") if rows >= 0 else line.clear())
+    return feed.record
 
 
-async def _submit_and_wait(job: _Job, worker: subprocess.Popen[bytes] | None = None) -> run.Tally:
+async def _submit_and_wait(job: Job, worker: subprocess.Popen[bytes] | None = None) -> run.Tally:
     async with await Bus.connect(job.url, name="matrix-bus submit") as bus:
-        record = await _start(bus, job)
         tally = run.Tally(job.flow)
-        async with _status_line(bus, record, tally, worker, job.flow.spec):
-            written = await run.collect(bus, record, job.output, follow=True, tally=tally)
+        with dataset.repeatable(job.data, twice=job.strict) as path:
+            feed = await open_feed(bus, path, job)
+            async with watched(bus, feed, tally, worker, job.flow.spec) as line:
+                collecting = asyncio.create_task(run.collect(bus, feed.record, job.output, follow=True, tally=tally))
+                try:
+                    # Outcomes are written while rows are still read; an output that fails holds up no row.
+                    await feed.submit(bus, lambda rows: line.clear() if rows < 0 else None)
+                    written = await collecting
+                finally:
+                    collecting.cancel()
+                    await asyncio.gather(collecting, return_exceptions=True)
         say_kept(written)
         facts = {"model": _model_facts(job.flow, job.config)}
-        manifest = await run.write_manifest(bus, record.id, job.output, tally, facts)
-        say(f"run {record.id} is complete")
+        manifest = await run.write_manifest(bus, feed.record.id, job.output, tally, facts)
+        say(f"run {feed.record.id} is complete")
         say(summary(tally) if tally.rows else "  no rows")
         say(f"  output: {job.output} · manifest: {manifest}")
     return tally
-
-
-@contextlib.asynccontextmanager
-async def _status_line(
-    bus: Bus, record: RunRecord, tally: run.Tally, worker: subprocess.Popen[bytes] | None, spec: str
-) -> AsyncIterator[None]:
-    """Shows progress while the body runs, and says which roles nobody serves."""
-    line = ProgressLine()
-
-    async def keep_showing() -> None:
-        missing_since = 0.0
-        said: list[str] = []
-        paused: str | None = None
-        child = worker
-        while True:
-            await asyncio.sleep(_STATUS_EVERY_S)
-            if child is not None and child.poll() is not None:
-                line.clear()
-                say(f"the worker ended with exit code {child.returncode}; the run is kept: start matrix-bus worker")
-                child = None
-            try:
-                now = await registry.require(bus, record.id)
-                progress = await registry.progress(bus, now)
-            except BusError as error:
-                line.show(f"waiting for the broker: {error}")
-                continue
-            line.show(progress_text(progress.total, progress.in_flight, progress.waiting, tally))
-            if now.state == "paused":
-                if paused != now.why:
-                    paused = now.why
-                    line.clear()
-                    say(paused_text(now))
-                continue
-            paused = None
-            if not progress.idle_roles or progress.idle_roles == said:
-                missing_since = 0.0
-                continue
-            missing_since = missing_since or time.monotonic()
-            if time.monotonic() - missing_since > _SAY_MISSING_AFTER_S:
-                said = progress.idle_roles
-                line.clear()
-                say(f"no worker serves {', '.join(said)}: waiting for one. Start it in another terminal:")
-                say(f"  {worker_command(record, said, spec)}")
-
-    showing = asyncio.create_task(keep_showing())
-    try:
-        yield
-    finally:
-        showing.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await showing
-        line.clear()
 
 
 def _model_facts(flow: Workflow[Any], config: RunConfig) -> dict[str, str]:

@@ -113,9 +113,12 @@ class BlockingClient:
         config: Mapping[str, Any] | Struct | None = None,
         settings: RunConfig | Mapping[str, Any] | None = None,
         on_reject: Callable[[Rejected], None] | None = None,
+        shard: str = "",
     ) -> BlockingRun:
         """As `Client.submit`. Iterators are pulled, and `on_reject` is called, in threads other than the caller's."""
-        submitted = self._client.submit(workflow, rows, run=run, config=config, settings=settings, on_reject=on_reject)
+        submitted = self._client.submit(
+            workflow, rows, run=run, config=config, settings=settings, on_reject=on_reject, shard=shard
+        )
         return BlockingRun(self._loop, self._loop.call(submitted))
 
     def run(self, run: str) -> BlockingRun:

@@ -67,26 +67,33 @@ class Client:
         config: Mapping[str, Any] | Struct | None = None,
         settings: RunConfig | Mapping[str, Any] | None = None,
         on_reject: Callable[[Rejected], None] | None = None,
+        shard: str = "",
     ) -> Run:
         """Submits rows as a run, and seals it; returns when the broker has all of them.
 
-        `workflow` is a name that workers have announced, or the Workflow itself. `rows` is a path to a JSONL file
-        (also `.zst`), an iterable or an async iterable; it is asked for more only as the broker confirms, and a
+        `workflow` is a name that workers have announced, or the Workflow itself. `rows` is a path (JSON lines and
+        CSV, also `.gz` and `.zst`, Parquet, a folder or pattern of such files, a saved Hugging Face dataset), an
+        iterable or an async iterable; it is asked for more only as the broker confirms, and a
         plain iterable is pulled in one thread of its own. `run` is the id; submitting again under it, after an
         interruption, continues it; what was added to the end of a file is added to the run, and a run that is
         sealed is left as it is otherwise. `config` is the workflow's own
         parameters, `settings` everything else. Rows that cannot be taken are given to `on_reject` and counted in
-        `Run.rejected`.
+        `Run.rejected`. With `shard="2/4"` only the second of four parts is submitted, by line number, and the run is
+        sealed when all four are: each submitter gives the same rows, and the same `run`.
 
         Raises `RunError` (nobody has announced the workflow, the id belongs to another run, the run was ended),
         `ConfigError` before anything is published, `DatasetError` for a file that cannot be read, `BusError`; and
         what the caller's iterator raises, as it is: the run stays unsealed then.
         """
         path = path_of(rows)
+        part = dataset.Shard.parse(shard)
+        if part.count > 1 and not run:
+            raise ConfigError("a shard needs run=ID: all shards go into one run")
         parsed = _run_config(config, settings)
-        flow, check = await self._flow(workflow)
+        flow, info, check = await self._flow(workflow)
         source = await asyncio.to_thread(dataset.identity, path) if path else ""
-        record = new_record(flow, parsed, run=run, source=source)
+        record = new_record(flow, parsed, run=run, source=source, shards=part.count)
+        select = dataset.Selection(parsed.input, part, info.parsed_fields)
         rejected = Rejections()
 
         def reject(line: Rejected) -> None:
@@ -94,12 +101,12 @@ class Client:
             if on_reject is not None:
                 on_reject(line)
 
-        async with contextlib.aclosing(lines_of(rows, check)) as lines:
+        async with contextlib.aclosing(lines_of(rows, check, select, (parsed.input.shuffle, parsed.seed))) as lines:
             # An unreadable file must not leave an empty run behind.
-            first = [await anext(lines)] if path else []
+            first = [line async for line in _first(lines)] if path else []
             record = await patiently(self._bus, lambda: open_run(self._bus, record))
-            if record.total is None:
-                await submit_lines(self._bus, record, _chain(first, lines), on_reject=reject)
+            if record.total is None and part.index not in record.sealed:
+                await submit_lines(self._bus, record, _chain(first, lines), on_reject=reject, shard=part.index)
         return Run(self._bus, record, rejected)
 
     async def run(self, run: str) -> Run:
@@ -114,12 +121,20 @@ class Client:
         """What workers have announced, by name."""
         return await catalog.workflows(self._bus)
 
-    async def _flow(self, workflow: str | Workflow[Any]) -> tuple[Workflow[Any] | WorkflowInfo, dataset.Check]:
+    async def _flow(
+        self, workflow: str | Workflow[Any]
+    ) -> tuple[Workflow[Any] | WorkflowInfo, WorkflowInfo, dataset.Check]:
         if isinstance(workflow, str):
             info = await catalog.find(self._bus, workflow)
-            return info, info.row_check()
+            return info, info, info.row_check()
         await asyncio.to_thread(identify, workflow)
-        return workflow, workflow.begin
+        return workflow, catalog.describe(workflow), workflow.begin
+
+
+async def _first(lines: Lines) -> Lines:
+    async for line in lines:
+        yield line
+        return
 
 
 async def _chain(first: list[dataset.Line | Rejected], rest: Lines) -> Lines:

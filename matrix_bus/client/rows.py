@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from typing import Any
 
-from ..dataset import Check, Intake, Line, Rejected, read
+from ..dataset import EVERYTHING, Check, Intake, Line, Mixer, Rejected, Selection, mixed, read
 from ..errors import DatasetError
 
 Rows = str | os.PathLike[str] | Iterable[Any] | AsyncIterable[Any]
-"""A path to a JSONL file, or rows: mappings, msgspec structs, dataclasses, JSON objects as str or bytes."""
+"""A path to a dataset, or rows: mappings, msgspec structs, dataclasses, JSON objects as str or bytes."""
 
 Lines = AsyncGenerator[Line | Rejected, None]
+Taken = Generator[Line | Rejected, None, None]
 
 _BATCH = 64
 _BATCH_S = 0.01
@@ -35,14 +36,35 @@ def path_of(rows: Rows) -> str:
     return ""
 
 
-def lines_of(rows: Rows, check: Check) -> Lines:
-    """The rows, numbered and checked. What the caller's iterator raises comes out as it is."""
-    if path := path_of(rows):
-        return _in_thread(read(path, check))
+def lines_of(rows: Rows, check: Check, select: Selection = EVERYTHING, shuffle: tuple[int, int] = (0, 0)) -> Lines:
+    """The selected rows, numbered and checked; `shuffle` is the size of a buffer to mix them in, and the seed.
+
+    What the caller's iterator raises comes out as it is.
+    """
+    size, seed = shuffle
     if isinstance(rows, AsyncIterable):
-        return _taken_async(rows, Intake(check))
-    assert isinstance(rows, Iterable)
-    return _in_thread(_taken(rows, Intake(check)))
+        taken = _taken_async(rows, Intake(check, select))
+        return _mixed_async(taken, Mixer(size, seed)) if size else taken
+    if path := path_of(rows):
+        lines = read(path, check, select)
+    else:
+        assert isinstance(rows, Iterable)
+        lines = _taken(rows, Intake(check, select))
+    return _in_thread(_closing_mixed(lines, size, seed) if size else lines)
+
+
+def _closing_mixed(lines: Taken, size: int, seed: int) -> Taken:
+    with contextlib.closing(lines):
+        yield from mixed(lines, size, seed)
+
+
+async def _mixed_async(lines: Lines, mixer: Mixer[Line | Rejected]) -> Lines:
+    async with contextlib.aclosing(lines):
+        async for line in lines:
+            if (out := mixer.swap(line)) is not None:
+                yield out
+    for line in mixer.rest():
+        yield line
 
 
 def _taken(rows: Iterable[Any], intake: Intake) -> Generator[Line | Rejected, None, None]:
@@ -53,6 +75,8 @@ def _taken(rows: Iterable[Any], intake: Intake) -> Generator[Line | Rejected, No
         for item in rows:
             if (line := intake.take(item)) is not None:
                 yield line
+            if intake.is_full:
+                return
 
 
 async def _taken_async(rows: AsyncIterable[Any], intake: Intake) -> Lines:
@@ -63,6 +87,8 @@ async def _taken_async(rows: AsyncIterable[Any], intake: Intake) -> Lines:
         async for item in rows:
             if (line := intake.take(item)) is not None:
                 yield line
+            if intake.is_full:
+                return
 
 
 async def _in_thread(lines: Generator[Line | Rejected, None, None]) -> Lines:

@@ -12,7 +12,7 @@ import zstandard
 from msgspec import Struct
 
 from ..errors import DatasetError
-from .reading import open_lines
+from .formats import open_lines
 
 
 class _Place(Struct):

@@ -19,7 +19,9 @@ from ..errors import ConfigError, RunError
 from ..registry import RunRecord
 
 
-def new_record(flow: Workflow[Any] | WorkflowInfo, config: RunConfig, *, run: str = "", source: str = "") -> RunRecord:
+def new_record(
+    flow: Workflow[Any] | WorkflowInfo, config: RunConfig, *, run: str = "", source: str = "", shards: int = 1
+) -> RunRecord:
     """The record of a run to be; `source` is the dataset's `identity`. Raises `ConfigError` if the config is wrong."""
     flow.parse_config(config.workflow)
     for name, role in config.roles.items():
@@ -37,6 +39,7 @@ def new_record(flow: Workflow[Any] | WorkflowInfo, config: RunConfig, *, run: st
         start=flow.start,
         config=_without_address(config),
         dataset=source,
+        shards=shards,
         versions=versions(),
     )
 
@@ -67,7 +70,7 @@ async def open_run(bus: Bus, record: RunRecord) -> RunRecord:
             return record
     if there.state not in ("active", "paused"):
         raise RunError(f"run {record.id!r} is {there.state}: choose another --run")
-    for field in ("workflow", "code_hash", "config"):
+    for field in ("workflow", "code_hash", "config", "shards"):
         old, new = (tree_of(getattr(r, field)) for r in (there, record))
         if old != new:
             changed = _difference(old, new)
@@ -77,7 +80,7 @@ async def open_run(bus: Bus, record: RunRecord) -> RunRecord:
     if there.dataset == record.dataset:
         return there
     before = there.total_before if there.total is None else there.total
-    return await registry.update(bus, record.id, dataset=record.dataset, total=None, total_before=before)
+    return await registry.update(bus, record.id, dataset=record.dataset, total=None, total_before=before, sealed={})
 
 
 def _difference(old: Any, new: Any, at: str = "") -> str:

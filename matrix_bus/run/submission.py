@@ -51,8 +51,11 @@ async def submit(
     *,
     on_reject: Callable[[Rejected], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
+    shard: int = 1,
 ) -> Submitted:
     """Publishes every line `trials` times, then seals the run with its total.
+
+    Of a run that is submitted in shards, `lines` are those of this one; the last of the shards to end seals the run.
 
     Lines that the run had when it was sealed before are passed over. A row that is in the run already is refused by
     its fence, so an interrupted submission is simply repeated. A line is asked for only when the window has room for
@@ -67,20 +70,33 @@ async def submit(
     payloads = Payloads(bus, record.id)
     gauge = Gauge(bus, record, lambda: patiently(bus, lambda: _require_active(bus, record.id)))
 
-    async def put(n: int, body: bytes) -> None:
+    async def insist(n: int, body: bytes) -> None:
         try:
             await _publish_row(bus, record.id, n, body)
         finally:
             window.release()
 
+    async def put(n: int, body: bytes, group: asyncio.TaskGroup) -> None:
+        def done(error: BaseException | None) -> None:
+            if error is None:
+                window.release()
+                return
+            insisting = insist(n, body)  # whatever it is, the patient way finds out
+            try:
+                group.create_task(insisting)
+            except RuntimeError:  # the submission has failed meanwhile
+                insisting.close()
+
+        await window.acquire()
+        await bus.begin_publish(row_subject(record.id, n), body, _headers(record.id, n), done)
+
     async with _unwrapped_group() as group, contextlib.aclosing(_each(lines)) as each:
         async for line in each:
             if isinstance(line, Rejected):
                 rejected += 1
-                seen += 1
                 on_reject(line)
                 continue
-            seen = line.number + 1
+            seen = max(seen, line.number + 1)
             if line.number < skipped:
                 continue
             body = line.body
@@ -96,8 +112,7 @@ async def submit(
                 )
                 message = encode(row)
                 await gauge.room_for(len(message))
-                await window.acquire()
-                group.create_task(put(line.number * trials + trial, message))
+                await put(line.number * trials + trial, message, group)
             accepted += 1
             if time.monotonic() - checked_at > _CHECK_S:
                 await patiently(bus, lambda: _require_active(bus, record.id))
@@ -105,8 +120,11 @@ async def submit(
             if accepted % 256 == 0:
                 on_progress(accepted * trials)
                 await asyncio.sleep(0)  # confirmations come in even where publishing never has to wait
+        # What the group still waits for is confirmed, or refused for good, before the run is sealed.
+        for _ in range(_WINDOW):
+            await window.acquire()
+    await patiently(bus, lambda: registry.seal(bus, record.id, shard, accepted * trials, seen))
     rows = (record.total_before or 0) + accepted * trials
-    await patiently(bus, lambda: registry.update(bus, record.id, total=rows, total_before=None, lines=seen))
     on_progress(rows)
     return Submitted(record.id, rows, rejected, time.monotonic() - started)
 
@@ -134,14 +152,9 @@ async def _each(lines: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None
 
 
 async def _publish_row(bus: Bus, run: str, n: int, body: bytes) -> None:
-    headers = {
-        "Nats-Msg-Id": message_id(run, n, 0, 0),
-        **fence(0, family(run, n)),
-    }
-
     async def publish() -> None:
         try:
-            await bus.publish(row_subject(run, n), body, headers)
+            await bus.publish(row_subject(run, n), body, _headers(run, n))
         except NobodyListens:
             await _require_active(bus, run)  # or is it the broker that is starting?
             raise
@@ -151,6 +164,10 @@ async def _publish_row(bus: Bus, run: str, n: int, body: bytes) -> None:
     except PublishRefused as error:
         if not is_lost_race(error):  # else it is under way already
             raise
+
+
+def _headers(run: str, n: int) -> dict[str, str]:
+    return {"Nats-Msg-Id": message_id(run, n, 0, 0), **fence(0, family(run, n))}
 
 
 async def _require_active(bus: Bus, run: str) -> None:

@@ -133,7 +133,7 @@ def test_rejected_lines_are_kept_beside_the_output(shell: Shell, broker: Broker)
     [
         (["submit", "no-such.jsonl", "-w", "walk.py"], ["no-such.jsonl"]),
         (["submit", "empty.jsonl", "-w", "walk.py"], ["empty.jsonl", "no rows"]),
-        (["submit", ".", "-w", "walk.py"], ["folder"]),
+        (["submit", "folder", "-w", "walk.py"], ["folder", "no data file"]),
         (["submit", "data.jsonl", "-w", "wolk"], ["wolk", "installed"]),
         (["submit", "data.jsonl", "-w", "wolk.py"], ["wolk.py"]),
         (["submit", "data.jsonl", "max_in_fligth=3", "-w", "walk.py"], ["max_in_fligth", "max_in_flight"]),
@@ -149,6 +149,8 @@ def test_rejected_lines_are_kept_beside_the_output(shell: Shell, broker: Broker)
 def test_a_mistake_is_one_message(shell: Shell, shared_broker: Broker, words: list[str], expected: list[str]) -> None:
     shell.dataset(2)
     (shell.directory / "empty.jsonl").write_text("\n")
+    (shell.directory / "folder").mkdir()
+    (shell.directory / "folder" / "out.jsonl.rejected.jsonl").write_text("{}\n")
     done = shell.run(*words, "--server", shared_broker.url)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

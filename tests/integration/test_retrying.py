@@ -75,7 +75,7 @@ async def test_failed_rows_are_sent_again_and_their_new_outcomes_take_the_place_
 
 
 def written_lines(path: Path) -> list[bytes]:
-    from matrix_bus.dataset.reading import open_lines
+    from matrix_bus.dataset import open_lines
 
     with open_lines(str(path)) as file:
         return file.read().splitlines()

@@ -123,7 +123,8 @@ def test_any_bytes_become_lines(body: bytes) -> None:
 
 
 def test_a_line_that_is_too_long_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("matrix_bus.dataset.reading.MAX_LINE_BYTES", 64)
+    for module in ("lines", "formats"):
+        monkeypatch.setattr(f"matrix_bus.dataset.{module}.MAX_LINE_BYTES", 64)
     for size in (64, 65, 128, 129, 1000):
         head, long, tail = lines_of(tmp_path, b'{"q":1}\n{"q":"' + b"x" * (size - 8) + b'"}\n{"q":2}\n')
         assert isinstance(long, Rejected)
@@ -160,7 +161,9 @@ def unreadable(path: str) -> str:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "No such file" in unreadable(str(tmp_path / "nothing.jsonl"))
-    assert "is a folder: name a file" in unreadable(str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    assert "has no data file" in unreadable(str(tmp_path / "folder"))
+    assert "no file matches" in unreadable(str(tmp_path / "folder" / "*.jsonl"))
     assert "has no rows: a dataset is one JSON object per line" in unreadable(written(tmp_path, b""))
     assert "has no rows" in unreadable(written(tmp_path, b" \n\n"))
     assert "cannot read" in unreadable(written(tmp_path, b'{"q":1}\n', "plain.zst"))
@@ -188,7 +191,7 @@ def test_a_fingerprint_tells_size_beginning_and_end(tmp_path: Path) -> None:
 
 def test_a_dataset_that_cannot_be_read_has_no_identity(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(DatasetError, match=r"cannot read|is a folder"):
+        with pytest.raises(DatasetError, match=r"cannot read|has no data file"):
             identity(str(path))
 
 
