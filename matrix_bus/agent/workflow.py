@@ -10,7 +10,7 @@ import msgspec
 
 from ..config import Sampling, parse
 from ..errors import ConfigError, RowError, WorkflowError
-from ..llm import LLM
+from ..llm import LLM, Message
 from ..orchestrator import REF_MARK, OutcomeRecord, is_token
 from .large import Store, decoding, lighten
 from .resource import Resource
@@ -56,6 +56,7 @@ class Workflow(Generic[S]):
         self.code_hash = ""
         """sha256 of the source, 16 hex digits; set by `load_workflow`."""
         self._metrics: Callable[[S, Any], Mapping[str, float]] | None = None
+        self._messages: Callable[[S, Any], Sequence[Message]] | None = None
         self._decoder = msgspec.json.Decoder(state, dec_hook=decoding(None))
 
     @overload
@@ -151,6 +152,22 @@ class Workflow(Generic[S]):
         if self._metrics is None or bytes(record.state) == b"null":
             return {}
         return self._metrics(self.decode_state(bytes(record.state)), msgspec.json.decode(bytes(record.input)))
+
+    def messages(self, function: Callable[[S, Any], Sequence[Message]]) -> Callable[..., Sequence[Message]]:
+        """Declare what a row is as a chat to train on (`--messages`): (final state, input) -> its messages.
+
+        None at all leaves the row out. Without this it is the row's last call of a model, with its answer.
+        """
+        self._messages = function
+        return function
+
+    def conversation(self, record: OutcomeRecord) -> Sequence[Message] | None:
+        """A finished row as the chat that is declared; None where the workflow declares none."""
+        if self._messages is None:
+            return None
+        if bytes(record.state) == b"null":
+            return []
+        return self._messages(self.decode_state(bytes(record.state)), msgspec.json.decode(bytes(record.input)))
 
     def begin(self, line: bytes) -> S:
         """The state of a new row, from its input line. Raises `RowError` if the line does not fit."""

@@ -10,6 +10,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from ..dataset import Shard
+from ..run import Shape, parse_fields
+
 T = TypeVar("T")
 
 Server = Annotated[
@@ -28,8 +31,70 @@ WorkflowSpec = Annotated[
     typer.Option("--workflow", "-w", help="An installed workflow's name, my_flow.py, or module:attribute."),
 ]
 OutputPath = Annotated[
-    Path, typer.Option("--output", "-o", help="Where outcomes go, one JSON object a line; also .zst.")
+    Path,
+    typer.Option(
+        "--output", "-o", help="Where outcomes go: .jsonl, .jsonl.gz, .jsonl.zst (a JSON object a line), or .parquet."
+    ),
 ]
+_FORM = "What the output is like"
+SuccessOnly = Annotated[bool, typer.Option("--success-only", rich_help_panel=_FORM, help="Leave out all others.")]
+Fields = Annotated[
+    str,
+    typer.Option(
+        "--fields",
+        metavar="NAME,…",
+        rich_help_panel=_FORM,
+        help="Keep these alone: id,state.answer,text=state.page.text (docs/output.md has the keys of a line).",
+    ),
+]
+Messages = Annotated[
+    bool,
+    typer.Option(
+        "--messages",
+        rich_help_panel=_FORM,
+        help="Rows as chats for training, {id, messages}: as the workflow says, else the last call with its answer.",
+    ),
+]
+MessagesOf = Annotated[
+    str,
+    typer.Option("--messages-of", metavar="ROLE", rich_help_panel=_FORM, help="The same, of this role's last call."),
+]
+Ordered = Annotated[
+    bool, typer.Option("--ordered", rich_help_panel=_FORM, help="By row, not in the order in which they finished.")
+]
+PartMb = Annotated[
+    int,
+    typer.Option(
+        "--part-mb", min=0, rich_help_panel=_FORM, help="Make the output a folder, with files of about so many MB."
+    ),
+]
+
+
+def shape_of(
+    output: Path,
+    *,
+    success_only: bool,
+    fields: str,
+    messages: bool,
+    messages_of: str,
+    ordered: bool,
+    part_mb: int,
+    shard: str = "",
+) -> Shape:
+    """The form of an output. Raises `UsageError` if there is none such."""
+    shape = Shape(
+        success_only=success_only,
+        fields=parse_fields(fields),
+        messages=messages or bool(messages_of),
+        messages_of=messages_of,
+        ordered=ordered,
+        part_bytes=part_mb * 1_000_000 or None,
+        shard=Shard.parse(shard),
+    )
+    shape.check(output)
+    return shape
+
+
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="As `matrix-bus runs` lists it.")]
 
 

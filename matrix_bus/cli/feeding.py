@@ -29,6 +29,7 @@ class Job:
     config: RunConfig
     data: str
     output: Path
+    shape: run.Shape
     run_id: str = ""
     strict: bool = False
     shard: dataset.Shard = field(default_factory=dataset.Shard)

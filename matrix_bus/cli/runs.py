@@ -14,9 +14,24 @@ from ..errors import WorkflowError
 from ..registry import RunRecord
 from ..telemetry import configure_logs
 from . import app
-from .common import LogLevel, OutputPath, RunArgument, Server, broker_url, go, say
+from .common import (
+    Fields,
+    LogLevel,
+    Messages,
+    MessagesOf,
+    Ordered,
+    OutputPath,
+    PartMb,
+    RunArgument,
+    Server,
+    SuccessOnly,
+    broker_url,
+    go,
+    say,
+    shape_of,
+)
 from .show import ProgressLine
-from .telling import interruptible, paused_text, say_kept, worker_command
+from .telling import interruptible, paused_text, say_kept, worker_command, written_text
 
 
 @app.command()
@@ -24,16 +39,42 @@ def collect(
     run_id: RunArgument,
     output: OutputPath = Path("out.jsonl"),
     follow: Annotated[bool, typer.Option("--follow", help="Wait until the run is complete.")] = False,
+    success_only: SuccessOnly = False,
+    fields: Fields = "",
+    messages: Messages = False,
+    messages_of: MessagesOf = "",
+    ordered: Ordered = False,
+    part_mb: PartMb = 0,
+    shard: Annotated[
+        str,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            rich_help_panel="What the output is like",
+            help="Only this part of the rows, as in 2/4: N collectors share the folder of one output.",
+        ),
+    ] = "",
     server: Server = "",
     log_level: LogLevel = "warning",
 ) -> None:
     """Write a run's outcomes to a file; continues a file that was begun, and can be repeated at any time."""
     configure_logs(level=log_level)
+    shape = shape_of(
+        output,
+        success_only=success_only,
+        fields=fields,
+        messages=messages,
+        messages_of=messages_of,
+        ordered=ordered,
+        part_mb=part_mb,
+        shard=shard,
+    )
 
     async def work() -> None:
         async with await Bus.connect(broker_url(server), name="matrix-bus collect") as bus:
             record = await registry.require(bus, run_id)
-            tally = run.Tally(_flow_of(record))
+            flow = _flow_of(record)
+            tally = run.Tally(flow)
             line = ProgressLine()
             written = await run.collect(
                 bus,
@@ -42,13 +83,19 @@ def collect(
                 follow=follow,
                 tally=tally,
                 on_progress=lambda n: line.show(f"{n} outcomes"),
+                shape=shape,
+                flow=flow,
             )
             line.clear()
-            say_kept(written)
-            await run.write_manifest(bus, record.id, output, tally, {})
+            say_kept(output, written)
+            part = shape.shard
+            label = f"{part.index}of{part.count}" if part.count > 1 else ""
+            await run.write_manifest(bus, record.id, output, tally, {}, label)
             done = await registry.progress(bus, await registry.require(bus, run_id))
             of = f" of {done.total}" if done.total is not None else ", not sealed yet"
-            say(f"{tally.rows}{of} outcomes of run {run_id} in {output}")
+            if part.count > 1:
+                of += f", this is shard {part}"
+            say(f"{tally.rows}{of} outcomes of run {run_id}{written_text(output, written, tally.rows)}")
 
     with interruptible(output):
         go(work())

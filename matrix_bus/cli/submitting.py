@@ -19,11 +19,28 @@ from ..errors import ConfigError, RunError
 from ..registry import RunRecord
 from ..telemetry import configure_logs
 from . import app
-from .common import LogJson, LogLevel, OutputPath, Server, WorkflowSpec, broker_url, embedded_model, go, say
+from .common import (
+    Fields,
+    LogJson,
+    LogLevel,
+    Messages,
+    MessagesOf,
+    Ordered,
+    OutputPath,
+    PartMb,
+    Server,
+    SuccessOnly,
+    WorkflowSpec,
+    broker_url,
+    embedded_model,
+    go,
+    say,
+    shape_of,
+)
 from .feeding import Job, open_feed
 from .settings import ConfigDir, Words, load
 from .show import ProgressLine, summary
-from .telling import interruptible, say_kept
+from .telling import interruptible, say_kept, written_text
 from .watching import watched
 
 RunId = Annotated[str, typer.Option("--run", help="Id of the run; the same id and data again continue it.")]
@@ -35,6 +52,12 @@ def run_all(
     words: Words,
     workflow: WorkflowSpec = "coral",
     output: OutputPath = Path("out.jsonl"),
+    success_only: SuccessOnly = False,
+    fields: Fields = "",
+    messages: Messages = False,
+    messages_of: MessagesOf = "",
+    ordered: Ordered = False,
+    part_mb: PartMb = 0,
     run_id: RunId = "",
     strict: Strict = False,
     config_dir: ConfigDir = None,
@@ -48,6 +71,15 @@ def run_all(
     With no model named, the embedded one (135M parameters, on the CPU) answers: real text, not good answers.
     """
     configure_logs(level=log_level, json=log_json)
+    shape = shape_of(
+        output,
+        success_only=success_only,
+        fields=fields,
+        messages=messages,
+        messages_of=messages_of,
+        ordered=ordered,
+        part_mb=part_mb,
+    )
     data, flow, config = load(workflow, words, config_dir)
     if _uses_embedded(flow, config):
         data, flow, config = load(workflow, words, config_dir, quick=True)
@@ -65,7 +97,7 @@ def run_all(
     worker = subprocess.Popen(command, env={**_import_here(), "MATRIX_BUS_SERVER": url}, start_new_session=True)
     try:
         with interruptible(output):
-            tally = go(_submit_and_wait(Job(url, flow, config, data, output, run_id, strict), worker))
+            tally = go(_submit_and_wait(Job(url, flow, config, data, output, shape, run_id, strict), worker))
     finally:
         worker.terminate()
         worker.wait()
@@ -79,6 +111,12 @@ def submit(
     words: Words,
     workflow: WorkflowSpec = "coral",
     output: OutputPath = Path("out.jsonl"),
+    success_only: SuccessOnly = False,
+    fields: Fields = "",
+    messages: Messages = False,
+    messages_of: MessagesOf = "",
+    ordered: Ordered = False,
+    part_mb: PartMb = 0,
     run_id: RunId = "",
     strict: Strict = False,
     detach: Annotated[
@@ -103,13 +141,22 @@ def submit(
     waiting, not the run.
     """
     configure_logs(level=log_level, json=log_json)
+    shape = shape_of(
+        output,
+        success_only=success_only,
+        fields=fields,
+        messages=messages,
+        messages_of=messages_of,
+        ordered=ordered,
+        part_mb=part_mb,
+    )
     data, flow, config = load(workflow, words, config_dir)
     run.new_record(flow, config)  # a mistake shows before a broker is started
     _say_missing_models(flow, config)
     part = dataset.Shard.parse(shard)
     if part.count > 1 and not run_id:
         raise ConfigError("--shard needs --run ID: all shards go into one run")
-    job = Job(broker_url(server or config.broker.url), flow, config, data, output, run_id, strict, part)
+    job = Job(broker_url(server or config.broker.url), flow, config, data, output, shape, run_id, strict, part)
     with interruptible(output):
         if detach:
             record = go(_detach(job))
@@ -178,7 +225,9 @@ async def _submit_and_wait(job: Job, worker: subprocess.Popen[bytes] | None = No
         with dataset.repeatable(job.data, twice=job.strict) as path:
             feed = await open_feed(bus, path, job)
             async with watched(bus, feed, tally, worker, job.flow.spec) as line:
-                collecting = asyncio.create_task(run.collect(bus, feed.record, job.output, follow=True, tally=tally))
+                collecting = asyncio.create_task(
+                    run.collect(bus, feed.record, job.output, follow=True, tally=tally, shape=job.shape, flow=job.flow)
+                )
                 try:
                     # Outcomes are written while rows are still read; an output that fails holds up no row.
                     await feed.submit(bus, lambda rows: line.clear() if rows < 0 else None)
@@ -186,12 +235,12 @@ async def _submit_and_wait(job: Job, worker: subprocess.Popen[bytes] | None = No
                 finally:
                     collecting.cancel()
                     await asyncio.gather(collecting, return_exceptions=True)
-        say_kept(written)
+        say_kept(job.output, written)
         facts = {"model": _model_facts(job.flow, job.config)}
         manifest = await run.write_manifest(bus, feed.record.id, job.output, tally, facts)
         say(f"run {feed.record.id} is complete")
         say(summary(tally) if tally.rows else "  no rows")
-        say(f"  output: {job.output} · manifest: {manifest}")
+        say(f"  output:{written_text(job.output, written, tally.rows).removeprefix(' in')} · manifest: {manifest}")
     return tally
 
 

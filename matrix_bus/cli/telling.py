@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..agent import installed_workflows
-from ..dataset import Output
+from ..dataset import Written
 from ..errors import DatasetError
 from ..registry import RunRecord
 from .common import say
@@ -43,9 +43,16 @@ def _server_option() -> str:
     return f" --server {server}" if server else ""
 
 
-def say_kept(output: Output) -> None:
-    if output.kept is not None:
-        say(f"{output.path} was there from another run: kept as {output.kept}")
+def say_kept(output: Path, written: Written) -> None:
+    """Says where an earlier output went."""
+    if written.kept is not None:
+        say(f"{output} was there from another run: kept as {written.kept}")
+
+
+def written_text(output: Path, written: Written, outcomes: int) -> str:
+    """` in out.jsonl`, or ` as 40 rows in 3 files of pages.parquet` where it is not simply all of them."""
+    files = f"{len(written.files)} files of {output}" if len(written.files) > 1 else str(written.files[0])
+    return f" in {files}" if written.rows == outcomes else f": {written.rows} rows in {files}"
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from .formats import is_table_folder, known_suffixes, suffix_of
 _PROBE_BYTES = 1 << 20
 _SMALL_PROBE_BYTES = 1 << 12
 """Of each of many files."""
-_OURS = (".rejected.jsonl", ".superseded.jsonl")
+_OURS = (".rejected.jsonl", ".superseded.jsonl", ".outcomes.jsonl")
 """What we write beside an output is no data, if that was put into the folder of its dataset."""
 
 

@@ -160,7 +160,7 @@ def _parquet(
 ) -> Iterator[Line | Rejected | None]:
     arrow, parquet = _arrow(path)
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, pre_buffer=False) as file:  # else all of it is cached
             names = [name for name in file.schema_arrow.names if columns is None or name in columns]
             for batch in file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):
                 yield from _rows(batch, intake)

@@ -32,6 +32,8 @@ class _Mark(Struct):
     next_seq: int
     size_bytes: int
     lines: int
+    passed: int = 0
+    """Outcomes before `next_seq` that are for other collectors of a shared output."""
 
 
 class Output:
@@ -54,7 +56,7 @@ class Output:
             size = path.stat().st_size if path.exists() else 0
             ours = mark is not None and mark.run == run
             if size and not ours:
-                self.kept = _free_name(path)
+                self.kept = free_name(path)
                 path.rename(self.kept)
             # A file that is shorter than its mark was replaced by somebody: begin anew.
             self._mark = mark if mark is not None and ours and size >= mark.size_bytes else _Mark(run, 1, 0, 0)
@@ -62,6 +64,8 @@ class Output:
             self._file.truncate(self._mark.size_bytes)
         except OSError as error:
             raise DatasetError(f"cannot write {path}: {error}") from None
+        self.continued = self._mark.next_seq > 1
+        """Whether it was begun before, by a collector that was interrupted."""
         self._compressor = zstandard.ZstdCompressor(level=3) if path.name.endswith(".zst") else None
         self._buffer: list[bytes] = []
         self._write_mark()
@@ -82,6 +86,16 @@ class Output:
         """Lines surely in the file."""
         return self._mark.lines
 
+    @property
+    def seen(self) -> int:
+        """Outcomes before `next_seq`, those that were passed over included."""
+        return self._mark.lines + self._mark.passed
+
+    def pass_over(self, seq: int) -> None:
+        """The outcome with this stream sequence is for somebody else."""
+        self._mark.passed += 1
+        self._mark.next_seq = seq + 1
+
     def add(self, line: bytes, seq: int) -> None:
         """Takes the outcome with this stream sequence; written by the next `flush`."""
         self._buffer.append(line)
@@ -90,7 +104,7 @@ class Output:
     def flush(self) -> None:
         """Writes what was added, to the disk. Raises `DatasetError` if the disk does not take it."""
         if not self._buffer:
-            return
+            return  # what was only passed over is passed over again
         block = b"\n".join(self._buffer) + b"\n"
         try:
             left = memoryview(self._compressor.compress(block) if self._compressor else block)
@@ -123,6 +137,12 @@ class Output:
             self._move_superseded()
         self._mark_path.unlink(missing_ok=True)
 
+    def discard(self) -> None:
+        """The file has served: it and its mark go."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+        self._mark_path.unlink(missing_ok=True)
+
     def _move_superseded(self) -> None:
         newest: dict[int, int] = {}
         for line in self.read_lines():
@@ -133,8 +153,10 @@ class Output:
         try:
             with open(scratch, "wb") as file, open(beside, "wb") as old:
                 kept = self._compressor.stream_writer(file, closefd=False) if self._compressor else file
+                self._mark.lines = 0
                 for line in self.read_lines():
                     place = _decode_place.decode(line)
+                    self._mark.lines += place.generation == newest.get(place.row, 0)
                     (kept if place.generation == newest.get(place.row, 0) else old).write(line)
                 if self._compressor:
                     kept.close()
@@ -151,7 +173,8 @@ class Output:
             yield from file
 
 
-def _free_name(path: Path) -> Path:
+def free_name(path: Path) -> Path:
+    """The first of `<path>.1`, `<path>.2`, … that nothing has yet."""
     number = 1
     while (candidate := path.with_name(f"{path.name}.{number}")).exists():
         number += 1

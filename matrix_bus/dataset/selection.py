@@ -75,7 +75,7 @@ class Selection:
         if not self._fields and not self._rename:
             return body
         found = _fields.decode(body)
-        moved = {new: value for new, path in self._rename.items() if (value := _at(found, path)) is not None}
+        moved = {new: value for new, path in self._rename.items() if (value := at_path(found, path)) is not None}
         gone = {path[0] for path in self._rename.values() if len(path) == 1}
         kept = {
             name: value
@@ -88,8 +88,8 @@ class Selection:
 EVERYTHING = Selection(InputConfig())
 
 
-def _at(found: dict[str, Raw], path: list[str]) -> Raw | None:
-    """The value at a path; a name with dots in it counts as it stands."""
+def at_path(found: dict[str, Raw], path: list[str]) -> Raw | None:
+    """The value at a path through objects; a name with dots in it counts as it stands."""
     if (whole := found.get(".".join(path))) is not None:
         return whole
     value = found.get(path[0])

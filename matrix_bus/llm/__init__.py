@@ -3,7 +3,7 @@
 from ..orchestrator import Usage
 from .client import LLM, Model
 from .endpoint import Endpoint
-from .history import SEGMENT_MARK, Call, read_segment, segment_body, with_segment
+from .history import SEGMENT_MARK, Call, full_messages, read_call, read_segment, segment_body, with_segment
 from .messages import ChatRequest, Message, Reply, assistant, system, tool, user
 from .pool import ModelPool
 from .scripted import Responder, ScriptedModels
@@ -22,6 +22,8 @@ __all__ = (
     "ScriptedModels",
     "Usage",
     "assistant",
+    "full_messages",
+    "read_call",
     "read_segment",
     "segment_body",
     "system",

@@ -23,6 +23,7 @@ from .names import (
     message_id,
     outcome_stream,
     outcome_subject,
+    row_of,
     row_subject,
     work_stream,
 )
@@ -84,6 +85,7 @@ __all__ = (
     "read_ref",
     "ref_json",
     "retry",
+    "row_of",
     "row_seed",
     "row_subject",
     "work_stream",

@@ -47,6 +47,11 @@ def outcome_subject(run: str, n: int, generation: int) -> str:
     return f"out.{run}.{n}.{generation}"
 
 
+def row_of(subject: str) -> int:
+    """The row number in an outcome's subject."""
+    return int(subject.split(".")[2])
+
+
 def message_id(run: str, n: int, generation: int, hop: int, attempt: int = 0) -> str:
     """Value of the `Nats-Msg-Id` header; readable when the body is not."""
     return f"{run}:{n}:{generation}:{hop}:{attempt}"

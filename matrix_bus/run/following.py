@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
@@ -13,16 +14,19 @@ import msgspec
 from nats.aio.msg import Msg
 
 from .. import registry
+from ..agent import Workflow
 from ..bus import Bus, Stored, patiently
-from ..dataset import Output, write_json
+from ..dataset import Output, Written, suffix_of, write_json
 from ..errors import BusTimeout, BusUnavailable, RunError
-from ..orchestrator import decode_outcome, outcome_stream
+from ..orchestrator import decode_outcome, outcome_stream, row_of
 from ..payload import Payloads, whole
 from ..registry import RunRecord
 from ..telemetry import logger
 from .opening import versions
+from .shaping import Shape, claim, journal_of, newest_lines, write_shaped
 from .tally import Tally
 
+PLAIN = Shape()
 _POLL_S = 1.0
 _FLUSH_S = 1.0
 
@@ -90,22 +94,29 @@ async def collect(
     follow: bool,
     tally: Tally | None = None,
     on_progress: Callable[[int], None] = lambda _: None,
-) -> Output:
-    """Writes the run's outcomes to `path`, one line each; continues a file that was begun.
+    shape: Shape = PLAIN,
+    flow: Workflow[Any] | None = None,
+) -> Written:
+    """Writes the run's outcomes to `path`, one line each or in another `shape`; continues what was begun.
 
-    With `follow` it returns when the run is complete, else when it has what is there. Raises `RunError`,
-    `DatasetError`, `BusError`.
+    With `follow` it returns when the run is complete, else when it has what is there. `flow` is the run's workflow,
+    for the chats that it declares. Raises `RunError`, `DatasetError`, `BusError`.
     """
-    output = Output(path, record.id)
+    plain = shape.is_plain(path)
+    if not plain:
+        claim(path, record.id, shape)
+    output = Output(path if plain else journal_of(path, shape), record.id)
     payloads = Payloads(bus, record.id)
     if tally is not None and output.next_seq > 1:
-        await _tally_up_to(bus, record.id, output.next_seq, tally)
+        await _tally_up_to(bus, record.id, output.next_seq, tally, shape)
     flushed_at = time.monotonic()
     complete = True
     try:
-        async with contextlib.aclosing(outcomes(bus, record.id, output.next_seq, output.lines)) as stream:
+        async with contextlib.aclosing(outcomes(bus, record.id, output.next_seq, output.seen)) as stream:
             async for message in stream:
-                if message is not None:
+                if message is not None and not shape.shard.has(row_of(message.subject)):
+                    output.pass_over(message.seq)
+                elif message is not None:
                     line = await whole(message.data, payloads)
                     output.add(line, message.seq)
                     if tally is not None:
@@ -117,31 +128,39 @@ async def collect(
                 if message is None and not follow:
                     complete = False
                     break
-        if complete:
-            retried = (await registry.require(bus, record.id)).retried > 0
+        retried = complete and (await registry.require(bus, record.id)).retried > 0
+        output.flush()
+        if plain and complete:
             output.finish(newest_only=retried)
-            if retried and tally is not None:  # what counts is what the file says in the end
-                tally.clear()
-                for line in output.read_lines():
-                    tally.add(decode_outcome(line))
+        if retried and tally is not None:  # what counts is what the file says in the end
+            tally.clear()
+            for line in output.read_lines() if plain else newest_lines(output.path):
+                tally.add(decode_outcome(line))
+        if plain:
+            written = Written([path], output.lines, output.kept)
         else:
-            output.flush()
+            making = functools.partial(write_shaped, output.path, path, shape, flow, ours=output.continued)
+            written = await asyncio.to_thread(making)
+            if complete:
+                output.discard()
     finally:
         output.close()
-    on_progress(output.lines)
-    return output
+    on_progress(written.rows)
+    return written
 
 
-async def _tally_up_to(bus: Bus, run: str, stop: int, tally: Tally) -> None:
+async def _tally_up_to(bus: Bus, run: str, stop: int, tally: Tally, shape: Shape) -> None:
     payloads = Payloads(bus, run)
     async for message in bus.read(outcome_stream(run)):
         if message.seq >= stop:
             return
+        if not shape.shard.has(row_of(message.subject)):
+            continue
         tally.add(decode_outcome(await whole(message.data, payloads)))
 
 
-async def write_manifest(bus: Bus, run: str, path: Path, tally: Tally, extra: dict[str, Any]) -> Path:
-    """Writes `<output>.manifest.json`: what made the output, and its counts."""
+async def write_manifest(bus: Bus, run: str, path: Path, tally: Tally, extra: dict[str, Any], label: str = "") -> Path:
+    """Writes `<output>.manifest.json`: what made the output, and its counts; `label` tells apart who shares one."""
     record = await registry.require(bus, run)
     manifest = {
         "run": msgspec.to_builtins(record),
@@ -158,6 +177,7 @@ async def write_manifest(bus: Bus, run: str, path: Path, tally: Tally, extra: di
         "collected_with": versions(),
         **extra,
     }
-    target = path.with_name(path.name.split(".jsonl")[0] + ".manifest.json")
+    name = path.name[: path.name.lower().rindex(suffix_of(path.name))] if suffix_of(path.name) else path.name
+    target = path.with_name(name + (f".{label}" if label else "") + ".manifest.json")
     write_json(target, manifest)
     return target

@@ -54,7 +54,7 @@ async def test_cancel_ends_every_row_that_has_not_ended(bus: Bus, tmp_path: Path
     progress = await registry.progress(bus, await registry.require(bus, record.id))
     assert progress.done and (progress.total, progress.in_flight, progress.waiting) == (20, 0, 0)
     written = await run.collect(bus, record, tmp_path / "out.jsonl", follow=True)
-    assert written.lines == 20
+    assert written.rows == 20
 
 
 async def _outcomes(bus: Bus, run_id: str, count: int) -> bool:

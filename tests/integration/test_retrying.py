@@ -71,7 +71,7 @@ async def test_failed_rows_are_sent_again_and_their_new_outcomes_take_the_place_
     old = [json.loads(line) for line in (tmp_path / f"{name}.superseded.jsonl").read_text().splitlines()]
     assert sorted((line["row"], line["generation"]) for line in old) == [(1, 0), (2, 0), (5, 0), (5, 1), (6, 0)]
     assert {line["outcome"] for line in old} == {"failed"}
-    assert written.lines == 15
+    assert written.rows == 10
 
 
 def written_lines(path: Path) -> list[bytes]:
@@ -166,7 +166,7 @@ async def test_a_run_that_was_cancelled_after_a_retry_has_an_end(bus: Bus, tmp_p
     assert await control.retry_failed(bus, record.id) == 2
     assert await control.cancel(bus, record.id) == 2
     written = await asyncio.wait_for(run.collect(bus, record, tmp_path / "out.jsonl", follow=True), 10)
-    assert written.lines == 6
+    assert written.rows == 6
     assert len((tmp_path / "out.jsonl").read_bytes().splitlines()) == 4
     with pytest.raises(RunError, match="is cancelled: submit its failed rows as a run of their own"):
         await control.retry_failed(bus, record.id)
