@@ -17,7 +17,7 @@ from .. import registry
 from ..agent import Workflow
 from ..bus import Bus, Stored, patiently
 from ..dataset import Output, Written, suffix_of, write_json
-from ..errors import BusTimeout, BusUnavailable, RunError
+from ..errors import BusTimeout, BusUnavailable, NobodyListens, RunError
 from ..orchestrator import decode_outcome, outcome_stream, row_of
 from ..payload import Payloads, whole
 from ..registry import RunRecord
@@ -59,12 +59,13 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
                     seen += message.subject.endswith(".0")
                     yield message
                 record = await registry.get(bus, run)
-            except (BusTimeout, BusUnavailable):
+            except (BusTimeout, BusUnavailable) as error:
                 await bus.wait_connected()
+                if isinstance(error, NobodyListens):  # a broker that is starting, or a stream that is gone
+                    _refuse_deleted(await patiently(bus, lambda: registry.get(bus, run)))
                 await asyncio.sleep(0.1)
                 continue
-            if record is not None and record.state == "deleted":
-                raise RunError(f"run {run!r} was deleted")
+            _refuse_deleted(record)
             # None is what a broker says that has just taken over: a record is never removed.
             if record is not None and record.total is not None and seen >= record.total:
                 # Of rows that were sent again nobody knows how many outcomes there will be: look once more.
@@ -80,6 +81,11 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
         forget()
         if not bus.nc.is_closed:
             await subscription.unsubscribe()
+
+
+def _refuse_deleted(record: RunRecord | None) -> None:
+    if record is not None and record.state == "deleted":
+        raise RunError(f"run {record.id!r} was deleted")
 
 
 async def _is_done(bus: Bus, record: RunRecord) -> bool:
