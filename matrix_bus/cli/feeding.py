@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from ..errors import DatasetError
 from ..registry import RunRecord
 from .common import say
 from .telling import submitting
+
+Lines = AsyncGenerator[dataset.Line | dataset.Rejected, None]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Job:
     strict: bool = False
     shard: dataset.Shard = field(default_factory=dataset.Shard)
 
-    def lines(self, path: str) -> Iterator[dataset.Line | dataset.Rejected]:
+    def lines(self, path: str) -> Generator[dataset.Line | dataset.Rejected, None, None]:
         """The lines of the dataset at `path` that this job is about."""
         select = dataset.Selection(self.config.input, self.shard, catalog.describe(self.flow).parsed_fields)
         lines = dataset.read(path, self.flow.begin, select)
@@ -45,11 +46,11 @@ class Job:
 class Feed:
     """The rest of a dataset that a run does not have yet; made by `open_feed`."""
 
-    def __init__(self, record: RunRecord, lines: Iterator[dataset.Line | dataset.Rejected] | None, job: Job) -> None:
+    def __init__(self, record: RunRecord, lines: Lines | None, job: Job, rejects: Rejects | None = None) -> None:
         self.record = record
         self._lines = lines
         self._job = job
-        self._rejects = Rejects(job.output)
+        self._rejects = rejects or Rejects(job.output)
         self.rows = 0
         """Submitted so far."""
         self.reading = lines is not None
@@ -94,18 +95,16 @@ async def open_feed(bus: Bus, path: str, job: Job) -> Feed:
             say(f"shard {job.shard} of run {record.id} is submitted already: waiting for the others")
             return Feed(record, None, job)
     rejects = Rejects(job.output)
-    lines = job.lines(path)
+    lines = dataset.in_thread(job.lines(path))  # a pipe may be slow, and outcomes are written meanwhile
     if job.shard.count == 1:  # a dataset without a row must not leave an empty run behind; a shard may have none
-        first = _first_row(lines, rejects)
+        first = await _first_row(lines, rejects)
         if first is None:
             raise DatasetError(f"no line of {job.data} could become a row: see {rejects.path}")
-        lines = itertools.chain([first], lines)
+        lines = _chain(first, lines)
     record = await run.open_run(bus, record)
     await catalog.announce(bus, catalog.describe(job.flow))
     submitting.append(record.id)
-    feed = Feed(record, lines, job)
-    feed._rejects = rejects
-    return feed
+    return Feed(record, lines, job, rejects)
 
 
 def _refuse_rejected(path: str, job: Job) -> None:
@@ -120,8 +119,14 @@ def _refuse_rejected(path: str, job: Job) -> None:
         )
 
 
-def _first_row(lines: Iterator[dataset.Line | dataset.Rejected], rejects: Rejects) -> dataset.Line | None:
-    for line in lines:
+async def _chain(first: dataset.Line, rest: Lines) -> Lines:
+    yield first
+    async for line in rest:
+        yield line
+
+
+async def _first_row(lines: Lines, rejects: Rejects) -> dataset.Line | None:
+    async for line in lines:
         if isinstance(line, dataset.Line):
             return line
         rejects.add(line)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import contextvars
 import inspect
 import os
-import time
 from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from typing import Any
 
-from ..dataset import EVERYTHING, Check, Intake, Line, Mixer, Rejected, Selection, mixed, read
+from ..dataset import EVERYTHING, Check, Intake, Line, Mixer, Rejected, Selection, in_thread, mixed, read
 from ..errors import DatasetError
 
 Rows = str | os.PathLike[str] | Iterable[Any] | AsyncIterable[Any]
@@ -21,10 +17,6 @@ Rows = str | os.PathLike[str] | Iterable[Any] | AsyncIterable[Any]
 
 Lines = AsyncGenerator[Line | Rejected, None]
 Taken = Generator[Line | Rejected, None, None]
-
-_BATCH = 64
-_BATCH_S = 0.01
-_BATCH_BYTES = 1 << 20
 
 
 def path_of(rows: Rows) -> str:
@@ -50,7 +42,7 @@ def lines_of(rows: Rows, check: Check, select: Selection = EVERYTHING, shuffle: 
     else:
         assert isinstance(rows, Iterable)
         lines = _taken(rows, Intake(check, select))
-    return _in_thread(_closing_mixed(lines, size, seed) if size else lines)
+    return in_thread(_closing_mixed(lines, size, seed) if size else lines)
 
 
 def _closing_mixed(lines: Taken, size: int, seed: int) -> Taken:
@@ -89,34 +81,3 @@ async def _taken_async(rows: AsyncIterable[Any], intake: Intake) -> Lines:
                 yield line
             if intake.is_full:
                 return
-
-
-async def _in_thread(lines: Generator[Line | Rejected, None, None]) -> Lines:
-    """Pulls in a thread: a generator that reads a database or a file must not hold up the host's loop.
-
-    It is one thread from the first row to the closing, since much of what generators hold (an sqlite3 cursor) may
-    not change threads. A batch ends early where rows are slow to come or large.
-    """
-    loop = asyncio.get_running_loop()
-    context = contextvars.copy_context()
-    thread = ThreadPoolExecutor(1, thread_name_prefix="matrix-bus-rows")
-
-    def pull() -> tuple[list[Line | Rejected], bool]:
-        batch: list[Line | Rejected] = []
-        size, until = 0, time.monotonic() + _BATCH_S
-        for line in lines:
-            batch.append(line)
-            size += len(line.body) if isinstance(line, Line) else 0
-            if len(batch) == _BATCH or size > _BATCH_BYTES or time.monotonic() > until:
-                return batch, False
-        return batch, True
-
-    try:
-        ended = False
-        while not ended:
-            batch, ended = await loop.run_in_executor(thread, context.run, pull)
-            for line in batch:
-                yield line
-    finally:
-        thread.submit(context.run, lines.close)  # after a pull that was not waited for
-        thread.shutdown(wait=False)

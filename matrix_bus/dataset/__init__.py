@@ -7,6 +7,7 @@ from .output import Output, free_name, write_atomically, write_json
 from .parts import LinesPart, Part, Parts, TablePart, Written
 from .reading import read, repeatable
 from .selection import EVERYTHING, Mixer, Selection, Shard, at_path, mixed
+from .threaded import in_thread
 
 __all__ = (
     "EVERYTHING",
@@ -31,6 +32,7 @@ __all__ = (
     "fingerprint",
     "free_name",
     "identity",
+    "in_thread",
     "mixed",
     "open_lines",
     "read",

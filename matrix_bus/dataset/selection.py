@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Generic, TypeVar
 
 import msgspec
@@ -125,7 +125,7 @@ class Mixer(Generic[T]):
         return left
 
 
-def mixed(lines: Iterable[T], size: int, seed: int) -> Iterator[T]:
+def mixed(lines: Iterable[T], size: int, seed: int) -> Generator[T, None, None]:
     """The items in random order, as far as a buffer of `size` goes."""
     mixer: Mixer[T] = Mixer(size, seed)
     for line in lines:
