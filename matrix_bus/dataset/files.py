@@ -54,6 +54,11 @@ def _is_private(relative: str) -> bool:
     return any(part.startswith((".", "_")) and part != "." for part in Path(relative).parts)
 
 
+def is_stream(path: str) -> bool:
+    """Whether this is stdin (`-`), a pipe or the like, which can be read once."""
+    return path == "-" or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path))
+
+
 Stamp = tuple[int, int, int] | None
 
 
@@ -66,13 +71,13 @@ def stamp(file: str) -> Stamp:
 
 
 def identity(path: str) -> str:
-    """Path, size and fingerprint, so that a run is not continued with other data; `-` for stdin.
+    """Path, size and fingerprint, so that a run is not continued with other data; of a pipe the name alone.
 
     Raises `DatasetError` if a file cannot be read.
     """
     files = files_of(path)
-    if path == "-":
-        return "-"
+    if is_stream(path):
+        return path
     if files == [path] and not os.path.isdir(path):
         size = _size(path)
         return f"{Path(path).resolve()}#{size}-{fingerprint(path, size)}"

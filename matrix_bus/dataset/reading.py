@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 import tempfile
 import zlib
 from collections.abc import Generator, Iterator
@@ -12,8 +11,8 @@ from collections.abc import Generator, Iterator
 import zstandard
 
 from ..errors import DatasetError
-from .files import files_of, stamp, unreadable
-from .formats import reader_of
+from .files import files_of, is_stream, stamp, unreadable
+from .formats import open_lines, reader_of
 from .lines import Check, Intake, Line, Rejected
 from .selection import EVERYTHING, Selection
 
@@ -52,11 +51,12 @@ def read(
 
 @contextlib.contextmanager
 def repeatable(path: str, *, twice: bool) -> Iterator[str]:
-    """The path of the same lines, to be read `twice` perhaps: stdin is copied into a file for that time."""
-    if path != "-" or not twice:
+    """The path of the same lines, to be read `twice` perhaps: a stream is copied into a file for that time."""
+    if not twice or not is_stream(path):
         yield path
         return
     with tempfile.NamedTemporaryFile(prefix="matrix-bus-", suffix=".jsonl") as copy:
-        shutil.copyfileobj(sys.stdin.buffer, copy)
+        with open_lines(path) as lines:
+            shutil.copyfileobj(lines, copy)
         copy.flush()
         yield copy.name
