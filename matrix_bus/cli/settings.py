@@ -20,7 +20,7 @@ Words = Annotated[
     list[str],
     typer.Argument(
         metavar="DATASET [KEY=VALUE]...",
-        help="A dataset (JSONL, also .zst; - is stdin) and settings, in any order: data.jsonl trials=2 "
+        help="A dataset (a file, a folder or 'a pattern' of JSON lines, CSV, Parquet; - is stdin) and settings: data.jsonl trials=2 "
         "llm.temperature=0.5 llm.urls=http://host:8000/v1. matrix-bus config shows them all.",
     ),
 ]
@@ -40,7 +40,7 @@ def load(
     if not datasets:
         files = [word for word in words if Path(word).exists()]
         hint = f" ({files[0]!r} is read as a setting; the file is ./{files[0]})" if files else ""
-        raise DatasetError(f"no dataset is named{hint}: give a JSONL file, or - for stdin, beside the settings")
+        raise DatasetError(f"no dataset is named{hint}: give a file, a folder, or - for stdin, beside the settings")
     if len(datasets) > 1:
         raise ConfigError(f"{datasets[1]!r} is neither the dataset (that is {datasets[0]!r}) nor of the form KEY=VALUE")
     flow, composed = _compose(spec, [word for word in words if is_override(word)], config_dir, quick)
