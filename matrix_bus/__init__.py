@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         RateLimited,
         Retry,
         RowError,
+        StructureInvalid,
         UsageError,
     )
     from .llm import LLM, ChatRequest, Message, Reply, assistant, system, tool, user
@@ -92,6 +93,7 @@ _HOMES = {
         "RateLimited",
         "Retry",
         "RowError",
+        "StructureInvalid",
         "UsageError",
     ),
     "llm": ("LLM", "ChatRequest", "Message", "Reply", "assistant", "system", "tool", "user"),
@@ -135,6 +137,7 @@ __all__ = (
     "Sampling",
     "State",
     "Status",
+    "StructureInvalid",
     "Usage",
     "UsageError",
     "Workflow",

@@ -20,8 +20,8 @@ Words = Annotated[
     list[str],
     typer.Argument(
         metavar="DATASET [KEY=VALUE]...",
-        help="A dataset (a file, a folder or 'a pattern' of JSON lines, CSV, Parquet; - is stdin) and settings: data.jsonl trials=2 "
-        "llm.temperature=0.5 llm.urls=http://host:8000/v1. matrix-bus config shows them all.",
+        help="A dataset (a file, a folder or 'a pattern' of JSON lines, CSV, Parquet; - is stdin) and settings: "
+        "data.jsonl trials=2 llm.temperature=0.5 llm.urls=http://host:8000/v1. matrix-bus config shows them all.",
     ),
 ]
 ConfigDir = Annotated[

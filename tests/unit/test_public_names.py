@@ -43,6 +43,7 @@ PUBLIC = (
     "Sampling",
     "State",
     "Status",
+    "StructureInvalid",
     "Usage",
     "UsageError",
     "Workflow",
