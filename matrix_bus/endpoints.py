@@ -10,14 +10,16 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from hashlib import blake2b
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 from msgspec import Struct
-from nats.aio.msg import Msg
 
 from .bus import Bus, create_bucket
 from .errors import BusError, NobodyListens
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
 
 BUCKET = "mb_endpoints"
 _STREAM = f"KV_{BUCKET}"

@@ -10,11 +10,10 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from msgspec import Struct
-from nats.aio.msg import Msg
 
 from . import answers, catalog, payload, quota
 from .bus import STREAM_NOT_FOUND, Bus, Stored, create_bucket, create_stream, fence, is_lost_race, patiently
@@ -22,6 +21,9 @@ from .config import RunConfig
 from .errors import BusError, NobodyListens, PublishRefused, RunError
 from .orchestrator import LEASE_ROLE, SCHEMA, is_token, outcome_stream, work_stream
 from .telemetry import logger
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
 
 BUCKET = "mb_runs"
 _KEYS = f"KV_{BUCKET}"

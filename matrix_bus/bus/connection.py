@@ -9,34 +9,18 @@ import itertools
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import nats
-import nats.errors
-from nats.aio.client import Client
-from nats.aio.msg import Msg
 
-from ..errors import (
-    BusError,
-    BusTimeout,
-    BusUnavailable,
-    NobodyListens,
-    PublishRefused,
-)
+from ..errors import BusError, BusTimeout, BusUnavailable, NobodyListens, PublishRefused
 from ..telemetry import logger
 from .server import check_server, without_password
-from .wire import (
-    NO_MESSAGE,
-    PubAck,
-    Stored,
-    answer,
-    confirmation,
-    fence,
-    get_reply,
-    parse_headers,
-    sequence_in,
-)
+from .wire import NO_MESSAGE, PubAck, Stored, answer, confirmation, fence, get_reply, parse_headers, sequence_in
+
+if TYPE_CHECKING:  # it takes longer to import than all of ours, and `--help` needs none of it
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
 
 CALL_TIMEOUT_S = 5.0
 _SWEEP_S = 0.5
@@ -55,7 +39,11 @@ class Bus:
     def __init__(self, url: str, client: Client) -> None:
         self.url = without_password(url)
         """Where the broker is, without the user and password that may stand in the address: it is for messages."""
+        from nats.errors import Error
+
         self.nc = client
+        self.client_errors = (Error, OSError)
+        """What the client library raises where the connection is gone."""
         self.epoch = 0
         """Counts reconnects: what was pulled or heartbeated in an older epoch may be forgotten by the broker."""
         self.reconnected_at = -math.inf
@@ -81,6 +69,8 @@ class Bus:
         Raises `BusUnavailable` if nobody answers within `timeout_s`, `BusUnsuitable` if the broker is too old or
         has no JetStream.
         """
+        from nats.aio.client import Client
+
         client = Client()
         bus = cls(url, client)
         last: list[Exception] = []
@@ -107,7 +97,7 @@ class Bus:
                 ),
                 timeout_s,
             )
-        except (TimeoutError, OSError, nats.errors.Error) as error:
+        except (TimeoutError, *bus.client_errors) as error:
             with contextlib.suppress(Exception):  # half-open: the reason for closing is already known
                 await client.close()
             why = last[0] if last else error
@@ -138,9 +128,9 @@ class Bus:
             if task is not None:
                 task.cancel()
         if self.nc.is_connected:
-            with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
+            with contextlib.suppress(TimeoutError, *self.client_errors):
                 await self.nc.flush(timeout=2)
-        with contextlib.suppress(nats.errors.Error, OSError):
+        with contextlib.suppress(*self.client_errors):
             await self.nc.close()
         self._fail_waiting("the connection was closed")
         self._up.set()  # who waits for the broker must not wait for ever
@@ -196,7 +186,7 @@ class Bus:
         """Hands a message to the connection, unconfirmed. Raises `BusError`."""
         try:
             await self.nc.publish(subject, body, reply, headers)
-        except (nats.errors.Error, OSError) as error:
+        except self.client_errors as error:
             raise BusUnavailable(f"cannot send {subject}: {error or type(error).__name__}") from None
 
     async def publish(self, subject: str, body: bytes, headers: dict[str, str] | None = None) -> PubAck:

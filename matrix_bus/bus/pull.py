@@ -11,14 +11,15 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import nats.errors
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 
 from .connection import Bus
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
+    from nats.aio.subscription import Subscription
 
 EXPIRES_S = 10.0
 HEARTBEAT_S = 5.0
@@ -59,7 +60,7 @@ class Lane:
         if subscription is None or self._bus.nc.is_closed:
             return
         draining = asyncio.ensure_future(subscription.drain())  # type: ignore[no-untyped-call]
-        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):  # disconnected: nothing more can come
+        with contextlib.suppress(TimeoutError, *self._bus.client_errors):  # disconnected: nothing more can come
             # Shielded: nats-py stops reading for good when the reply to a flush comes that was cancelled.
             await asyncio.shield(draining)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import Struct
-from nats.aio.msg import Msg
 
 from ..errors import NobodyListens, PublishRefused
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
 
 # JetStream's err_code values (server/errors.json of nats-server).
 WRONG_LAST_SEQUENCE = 10071

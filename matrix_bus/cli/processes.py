@@ -16,7 +16,7 @@ import typer
 from ..agent import installed_workflows, load_workflow
 from ..bus import Bus
 from ..errors import BusUnavailable, UsageError, WorkflowError
-from ..telemetry import configure_logs, serve_metrics
+from ..telemetry import configure_logs
 from . import app
 from .common import LogJson, LogLevel, Server, broker_url, embedded_model, go, say
 
@@ -65,6 +65,8 @@ def worker(
             raise WorkflowError(f"no role {name!r} in {', '.join(f.name for f in flows)}: there are {', '.join(known)}")
     url = broker_url(server)
     if metrics_port:
+        from ..metrics import serve_metrics
+
         serve_metrics(metrics_port)
 
     async def work() -> None:

@@ -8,10 +8,9 @@ import functools
 import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from nats.aio.msg import Msg
 
 from .. import registry
 from ..agent import Workflow
@@ -25,6 +24,9 @@ from ..telemetry import logger
 from .opening import versions
 from .shaping import Shape, claim, journal_of, newest_lines, write_shaped
 from .tally import Tally
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
 
 PLAIN = Shape()
 _POLL_S = 1.0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-
-from nats.aio.msg import Msg
+from typing import TYPE_CHECKING
 
 from ..bus import delivery_facts
 from ..orchestrator import HEADER_CRASHES
 from .pulling import Share
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
 
 
 class Delivery:

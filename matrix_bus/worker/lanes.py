@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-
-from nats.aio.msg import Msg
+from typing import TYPE_CHECKING
 
 from ..bus import Bus, Lane
 from ..errors import BusError
 from ..orchestrator import work_stream
 from .pulling import Pool, Pump, Share
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
 
 
 class Lanes:

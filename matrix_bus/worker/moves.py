@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ..bus import FIRST_WAIT_S, Bus, fence, is_lost_race, note_refusal, patiently, pause
 from ..errors import BusError, BusTimeout, BusUnavailable, PublishRefused, RowError
+from ..metrics import DEAD_LETTERS
 from ..orchestrator import (
     HEADER_CRASHES,
     HEADER_LEASE,
@@ -22,7 +23,7 @@ from ..orchestrator import (
     row_subject,
     work_stream,
 )
-from ..telemetry import DEAD_LETTERS, logger
+from ..telemetry import logger
 from .delivery import Delivery
 
 _LEASE_TRIES = 5

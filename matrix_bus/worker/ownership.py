@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING
 
 import msgspec
-from nats.aio.msg import Msg
 
 from ..bus import Bus
 from ..errors import BusError
 from .delivery import Delivery
 from .moves import Moves
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
 
 OWNER_ANSWERS_WITHIN_S = 0.3
 _OWNER_RETURNS_WITHIN_S = 2.0

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .. import telemetry
+from .. import metrics
 from ..agent import Next, Outcome, Workflow
 from ..answers import Answers
 from ..errors import HandlerError
@@ -41,7 +41,7 @@ class Served:
         role = flow.roles[name]
         settings = record.config.role(name)
         self.max_attempts = settings.max_attempts
-        self.stats = telemetry.role_stats(flow.name, name)
+        self.stats = metrics.role_stats(flow.name, name)
         self._workflow = flow.name
         self._timeout_s = settings.timeout_s
         self._limits = record.config.limits
@@ -106,6 +106,6 @@ class Served:
         usage = llm.usage
         before = message.usage.get(message.role)
         message.usage = {**message.usage, message.role: usage if before is None else before + usage}
-        telemetry.MODEL_CALLS.labels(self._workflow, message.role).inc(usage.calls)
-        telemetry.TOKENS.labels(self._workflow, message.role, "prompt").inc(usage.prompt_tokens)
-        telemetry.TOKENS.labels(self._workflow, message.role, "completion").inc(usage.completion_tokens)
+        metrics.MODEL_CALLS.labels(self._workflow, message.role).inc(usage.calls)
+        metrics.TOKENS.labels(self._workflow, message.role, "prompt").inc(usage.prompt_tokens)
+        metrics.TOKENS.labels(self._workflow, message.role, "completion").inc(usage.completion_tokens)

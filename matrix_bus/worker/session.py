@@ -6,12 +6,11 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from nats.aio.msg import Msg
 
-from .. import telemetry
+from .. import metrics, telemetry
 from ..agent import Next, Workflow, encode_state
 from ..answers import Answers
 from ..bus import Bus
@@ -44,6 +43,9 @@ from .ownership import Ownership
 from .pulling import Pool, Pump, Share
 from .served import EXPIRED, Resolve, Served
 from .suspects import Suspects
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
 
 _SWEEP_S = 0.5
 _GIVE_BACK_S = 2.0
@@ -229,7 +231,7 @@ class Session:
             await self._fail(delivery, message, error, "")
             return
         if await self._moves.move(delivery, message, body, delivery.ack_subject):
-            telemetry.ADMITTED.labels(self.flow.name).inc()
+            metrics.ADMITTED.labels(self.flow.name).inc()
 
     # --- hops ---------------------------------------------------------------------------------------------------
 
@@ -318,7 +320,7 @@ class Session:
             message, lambda: finish(message, self.flow.name, trials, kind, reason, now)
         )
         if await self._moves.outcome(delivery, message.generation, body, lease):
-            telemetry.OUTCOMES.labels(self.flow.name, kind).inc()
+            metrics.OUTCOMES.labels(self.flow.name, kind).inc()
             if self._stop_rule.suspects(kind == "failed"):
                 task = self._loop.create_task(self._stop_rule.check())
                 self._tasks.add(task)

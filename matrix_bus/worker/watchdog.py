@@ -10,7 +10,8 @@ import traceback
 from collections.abc import Mapping
 from types import CodeType, FrameType
 
-from ..telemetry import LOOP_BLOCKED, logger
+from ..metrics import LOOP_BLOCKED
+from ..telemetry import logger
 
 BLOCKED_AFTER_S = 1.0
 _TICK_S = 0.25

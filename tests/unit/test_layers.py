@@ -18,7 +18,7 @@ MOST_LINES = 400
 
 LAYERS = (
     ("errors",),
-    ("config", "telemetry", "service"),
+    ("config", "telemetry", "metrics", "service"),
     ("orchestrator",),
     ("bus", "llm", "dataset", "broker"),
     ("agent", "payload"),

@@ -125,3 +125,14 @@ for name in {PUBLIC!r}:
 print(asyncio.events._event_loop_policy)
 """
     assert python(code) == "None"
+
+
+def test_help_imports_nothing_that_takes_long() -> None:
+    code = (
+        "import sys, matrix_bus.cli as cli\n"
+        "sys.argv = ['matrix-bus', '--help']\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "slow = {'nats', 'aiohttp', 'openai', 'structlog', 'prometheus_client', 'hydra', 'omegaconf', 'pyarrow', 'rich'}\n"
+        "print(sorted(slow & sys.modules.keys()))\n"
+    )
+    assert python(code).splitlines()[-1] == "[]"
