@@ -36,14 +36,12 @@ OutputPath = Annotated[
         "--output", "-o", help="Where outcomes go: .jsonl, .jsonl.gz, .jsonl.zst (a JSON object a line), or .parquet."
     ),
 ]
-_FORM = "What the output is like"
-SuccessOnly = Annotated[bool, typer.Option("--success-only", rich_help_panel=_FORM, help="Leave out all others.")]
+SuccessOnly = Annotated[bool, typer.Option("--success-only", help="Leave out all others.")]
 Fields = Annotated[
     str,
     typer.Option(
         "--fields",
         metavar="NAME,…",
-        rich_help_panel=_FORM,
         help="Keep these alone: id,state.answer,text=state.page.text (docs/output.md has the keys of a line).",
     ),
 ]
@@ -51,22 +49,17 @@ Messages = Annotated[
     bool,
     typer.Option(
         "--messages",
-        rich_help_panel=_FORM,
         help="Rows as chats for training, {id, messages}: as the workflow says, else the last call with its answer.",
     ),
 ]
 MessagesOf = Annotated[
     str,
-    typer.Option("--messages-of", metavar="ROLE", rich_help_panel=_FORM, help="The same, of this role's last call."),
+    typer.Option("--messages-of", metavar="ROLE", help="The same, of this role's last call."),
 ]
-Ordered = Annotated[
-    bool, typer.Option("--ordered", rich_help_panel=_FORM, help="By row, not in the order in which they finished.")
-]
+Ordered = Annotated[bool, typer.Option("--ordered", help="By row, not in the order in which they finished.")]
 PartMb = Annotated[
     int,
-    typer.Option(
-        "--part-mb", min=0, rich_help_panel=_FORM, help="Make the output a folder, with files of about so many MB."
-    ),
+    typer.Option("--part-mb", min=0, help="Make the output a folder, with files of about so many MB."),
 ]
 
 

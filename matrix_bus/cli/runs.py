@@ -50,7 +50,6 @@ def collect(
         typer.Option(
             "--shard",
             metavar="I/N",
-            rich_help_panel="What the output is like",
             help="Only this part of the rows, as in 2/4: N collectors share the folder of one output.",
         ),
     ] = "",
