@@ -3,18 +3,19 @@
 All errors of the broker and of its client library are translated here, at one edge, into `matrix_bus.errors`.
 """
 
-from .connection import Bus
+from .jetstream import Bus
 from .patience import FIRST_WAIT_S, note_refusal, patiently, pause
 from .pull import Lane
 from .server import without_password
 from .streams import create_bucket, create_stream
-from .wire import STREAM_NOT_FOUND, PubAck, Stored, delivery_facts, fence, is_lost_race
+from .wire import STREAM_NOT_FOUND, Message, PubAck, Stored, delivery_facts, fence, is_lost_race
 
 __all__ = (
     "FIRST_WAIT_S",
     "STREAM_NOT_FOUND",
     "Bus",
     "Lane",
+    "Message",
     "PubAck",
     "Stored",
     "create_bucket",

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from ..errors import BusTimeout, BusUnavailable, PublishRefused
 from ..telemetry import logger
-from .connection import Bus
+from .jetstream import Bus
 
 _TRY_AGAIN = frozenset({10164, 10158, 10077, 10023, 10008, 10009})
 """Codes after which the same bytes may be stored later: in process (10158, 10164), full (10077), no resources (10023),

@@ -7,18 +7,16 @@ is subtracted again.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .connection import Bus
+from .jetstream import Bus
+from .wire import Message
 
 if TYPE_CHECKING:
-    from nats.aio.msg import Msg
     from nats.aio.subscription import Subscription
 
 EXPIRES_S = 10.0
@@ -33,7 +31,7 @@ class Lane:
     `gone` is set when the consumer or its stream was deleted.
     """
 
-    def __init__(self, bus: Bus, stream: str, consumer: str, on_message: Callable[[Msg], None]) -> None:
+    def __init__(self, bus: Bus, stream: str, consumer: str, on_message: Callable[[Message], None]) -> None:
         self.stream = stream
         self.consumer = consumer
         self.outstanding = 0
@@ -50,19 +48,13 @@ class Lane:
 
     async def open(self) -> None:
         """Starts listening; nothing comes until it is asked for."""
-        self._subscription = await self._bus.nc.subscribe(
-            self._inbox, cb=self._receive, pending_msgs_limit=0, pending_bytes_limit=0
-        )
+        self._subscription = await self._bus.listen(self._inbox, self._receive)
 
     async def close(self) -> None:
         """Stops listening, once what is on its way has arrived: what is dropped would come back after AckWait only."""
         subscription, self._subscription = self._subscription, None
-        if subscription is None or self._bus.nc.is_closed:
-            return
-        draining = asyncio.ensure_future(subscription.drain())  # type: ignore[no-untyped-call]
-        with contextlib.suppress(TimeoutError, *self._bus.client_errors):  # disconnected: nothing more can come
-            # Shielded: nats-py stops reading for good when the reply to a flush comes that was cancelled.
-            await asyncio.shield(draining)
+        if subscription is not None:
+            await self._bus.stop_listening(subscription)
 
     def room(self, wanted: int) -> int:
         """How many more to ask for so that `wanted` are under way. Forgets requests that the broker has lost."""
@@ -81,11 +73,10 @@ class Lane:
         body = {"batch": count, "expires": int(EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
         await self._bus.send(self._subject, msgspec.json.encode(body), reply=self._inbox)
 
-    async def _receive(self, message: Msg) -> None:
-        headers = message.headers
+    def _receive(self, message: Message) -> None:
         self._heard_at = time.monotonic()
-        if headers is not None and not message.data and "Status" in headers:
-            self._status(headers)
+        if not message.data and "Status" in message.headers:
+            self._status(message.headers)
             return
         self.outstanding = max(0, self.outstanding - 1)
         self._on_message(message)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import BusUnsuitable, PublishRefused
-from .connection import Bus
+from .jetstream import Bus
 from .wire import STREAM_MADE_OTHERWISE, TOO_FEW_SERVERS
 
 _OPERATORS_CHOICE = ("num_replicas", "storage")

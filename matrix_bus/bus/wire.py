@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import Struct
 
 from ..errors import NobodyListens, PublishRefused
-
-if TYPE_CHECKING:
-    from nats.aio.msg import Msg
 
 # JetStream's err_code values (server/errors.json of nats-server).
 WRONG_LAST_SEQUENCE = 10071
@@ -37,6 +33,31 @@ class Stored(Struct):
     seq: int
     headers: Mapping[str, str]
     data: bytes
+
+
+class Message:
+    """A message that was delivered to this process."""
+
+    __slots__ = ("_headers", "_raw", "data", "reply", "subject")
+
+    def __init__(self, subject: str, reply: str, data: bytes, raw_headers: bytes = b"") -> None:
+        self.subject = subject
+        self.reply = reply
+        self.data = data
+        self._raw = raw_headers
+        self._headers: dict[str, str] | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Name to value, parsed when asked for; of an answer by the broker itself `Status` and `Description` too."""
+        if self._headers is None:
+            self._headers = parse_headers(self._raw) if self._raw else {}
+        return self._headers
+
+    @property
+    def has_headers(self) -> bool:
+        """Whether there are any."""
+        return bool(self._raw)
 
 
 class ApiError(Struct):
@@ -67,14 +88,14 @@ _pub_reply = msgspec.json.Decoder(PubReply)
 get_reply = msgspec.json.Decoder(GetReply)
 
 
-def answer(subject: str, reply: Msg) -> Msg:
+def answer(subject: str, reply: Message) -> Message:
     """A reply, if somebody gave it. Raises `NobodyListens`."""
-    if reply.headers is not None and reply.headers.get("Status") == "503":
+    if reply.has_headers and reply.headers.get("Status") == "503":
         raise NobodyListens(f"nobody answers on {subject}")
     return reply
 
 
-def confirmation(subject: str, reply: Msg) -> PubAck:
+def confirmation(subject: str, reply: Message) -> PubAck:
     """What a reply to a published message says. Raises `PublishRefused`."""
     found = _pub_reply.decode(answer(subject, reply).data)
     if found.error is not None:
@@ -112,6 +133,19 @@ def delivery_facts(ack_subject: str) -> tuple[int, int]:
 
 
 def parse_headers(raw: bytes) -> dict[str, str]:
-    """Name to value, from a stored message's header block."""
-    lines = raw.decode("utf-8", "replace").split("\r\n")[1:]
-    return {name: value.strip() for name, sep, value in (line.partition(":") for line in lines) if sep}
+    """Name to value, from a message's header block; a status in its first line becomes `Status` and `Description`."""
+    first, *lines = raw.decode("utf-8", "replace").split("\r\n")
+    found = {name: value.strip() for name, sep, value in (line.partition(":") for line in lines) if sep}
+    if len(first) > len("NATS/1.0"):
+        found["Status"], _, found["Description"] = first.removeprefix("NATS/1.0").strip().partition(" ")
+    return found
+
+
+def hpub(subject: str, reply: str, headers: Mapping[str, str] | None, body: bytes) -> bytes:
+    """The command that publishes a message. Names and values must hold no line ends: they are ours alone."""
+    if not headers:
+        return b"".join((f"PUB {subject} {reply} {len(body)}\r\n".encode(), body, b"\r\n"))
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    head = f"NATS/1.0\r\n{lines}\r\n".encode()
+    command = f"HPUB {subject} {reply} {len(head)} {len(head) + len(body)}\r\n".encode()
+    return b"".join((command, head, body, b"\r\n"))

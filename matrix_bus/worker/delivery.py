@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
 
-from ..bus import delivery_facts
+from ..bus import Message, delivery_facts
 from ..orchestrator import HEADER_CRASHES
 from .pulling import Share
-
-if TYPE_CHECKING:
-    from nats.aio.msg import Msg
 
 
 class Delivery:
@@ -41,12 +37,12 @@ class Delivery:
     share: Share
     """Of whose slots it takes one."""
 
-    def __init__(self, message: Msg, old_until: int) -> None:
+    def __init__(self, message: Message, old_until: int) -> None:
         _, _, self.role, n, hop = message.subject.split(".")
         self.n = int(n)
         self.hop = int(hop)
         self.data = message.data
-        self.headers: dict[str, str] = message.headers or {}
+        self.headers: dict[str, str] = message.headers
         self.ack_subject = message.reply
         """Replaced when the broker delivers the same message again while it is being worked on."""
         self.deliveries, self.seq = delivery_facts(message.reply)
@@ -64,7 +60,7 @@ class Delivery:
     @property
     def generation(self) -> int:
         """Of the row, from a header: readable also where the body is not."""
-        parts = self.headers.get("Nats-Msg-Id", "").split(":")
+        parts = self.headers.get("Nats-Message-Id", "").split(":")
         return int(parts[2]) if len(parts) == 5 and parts[2].isdigit() else 0
 
     @property

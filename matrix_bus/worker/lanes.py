@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
-from ..bus import Bus, Lane
+from ..bus import Bus, Lane, Message
 from ..errors import BusError
 from ..orchestrator import work_stream
 from .pulling import Pool, Pump, Share
-
-if TYPE_CHECKING:
-    from nats.aio.msg import Msg
 
 
 class Lanes:
@@ -25,7 +21,7 @@ class Lanes:
         pools: Mapping[str, Pool],
         weight: float,
         pump: Pump,
-        receive: Callable[[Msg], None],
+        receive: Callable[[Message], None],
     ) -> None:
         self._bus = bus
         self._stream = work_stream(run)

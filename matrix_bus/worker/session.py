@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from .. import metrics, telemetry
 from ..agent import Next, Workflow, encode_state
 from ..answers import Answers
-from ..bus import Bus
+from ..bus import Bus, Message
 from ..errors import BusError, LimitReached, MatrixBusError, RowError, WorkerCrashed, is_transient, user_frames
 from ..orchestrator import (
     HEADER_LEASE,
@@ -43,9 +43,6 @@ from .ownership import Ownership
 from .pulling import Pool, Pump, Share
 from .served import EXPIRED, Resolve, Served
 from .suspects import Suspects
-
-if TYPE_CHECKING:
-    from nats.aio.msg import Msg
 
 _SWEEP_S = 0.5
 _GIVE_BACK_S = 2.0
@@ -155,7 +152,7 @@ class Session:
 
     # --- arriving -----------------------------------------------------------------------------------------------
 
-    def _receive(self, message: Msg) -> None:
+    def _receive(self, message: Message) -> None:
         # Until the queue's end is known again after a reconnect or a standstill, everything counts as old.
         known = self._epoch == self._bus.epoch and not self._wheel.overdue
         delivery = Delivery(message, self._old_until if known else _EVERYTHING)

@@ -8,10 +8,9 @@ import signal
 import time
 
 import pytest
-from nats.aio.msg import Msg
 
 from matrix_bus.broker import Broker
-from matrix_bus.bus import Bus, Lane, delivery_facts, pull
+from matrix_bus.bus import Bus, Lane, Message, delivery_facts, pull
 from tests.helpers import connected, consumer, messages, unique, until, work_stream_of
 
 NS = 1_000_000_000
@@ -30,7 +29,7 @@ class Inbox:
     """A lane on a stream's consumer `c`, and what came through it."""
 
     def __init__(self, bus: Bus, stream: str) -> None:
-        self.got: list[Msg] = []
+        self.got: list[Message] = []
         self.lane = Lane(bus, stream, "c", self.got.append)
 
     def deliveries(self, body: bytes) -> list[int]:

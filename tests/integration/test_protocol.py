@@ -8,11 +8,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from nats.aio.msg import Msg
 
 from matrix_bus import Next, Row, RunConfig, registry, run, to
 from matrix_bus.broker import Broker
-from matrix_bus.bus import Bus, Lane
+from matrix_bus.bus import Bus, Lane, Message
 from matrix_bus.config import RoleConfig
 from matrix_bus.errors import EndpointGone, PublishRefused, RateLimited, Retry
 from matrix_bus.orchestrator import (
@@ -46,7 +45,7 @@ from tests.trip import Step, Trip, go_on, rows, trip
 
 async def take(bus: Bus, record: RunRecord, role: str) -> Delivery:
     """One delivery of a role, held by nobody's heartbeat."""
-    got: list[Msg] = []
+    got: list[Message] = []
     lane = Lane(bus, work_stream(record.id), role, got.append)
     await lane.open()
     await lane.ask(1)

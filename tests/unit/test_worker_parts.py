@@ -16,10 +16,9 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nats.aio.msg import Msg
 
 from matrix_bus.agent import Next, Outcome, Workflow, load_workflow, success
-from matrix_bus.bus import Bus, Lane, delivery_facts
+from matrix_bus.bus import Bus, Lane, Message, delivery_facts
 from matrix_bus.config import Sampling, parse_run
 from matrix_bus.errors import (
     BusUnavailable,
@@ -178,9 +177,9 @@ LONGEST = LONG + ".t0k3n"
 each_form = pytest.mark.parametrize("form", [SHORT, LONG, LONGEST], ids=["short", "domain", "domain and token"])
 
 
-def message(form: str = SHORT, deliveries: int = 1, seq: int = 50, **more: Any) -> Msg:
+def message(form: str = SHORT, deliveries: int = 1, seq: int = 50, raw_headers: bytes = b"") -> Message:
     reply = form.format(deliveries=deliveries, seq=seq)
-    return Msg(cast(Any, None), subject="q.r1.solver.7.3", reply=reply, data=b"body", **more)
+    return Message("q.r1.solver.7.3", reply, b"body", raw_headers)
 
 
 def delivery(seq: int = 50) -> Delivery:
@@ -189,7 +188,7 @@ def delivery(seq: int = 50) -> Delivery:
 
 @each_form
 def test_a_delivery_knows_its_place(form: str) -> None:
-    found = Delivery(message(form, 1, 50, headers={"Mb-Lease": "x"}), old_until=0)
+    found = Delivery(message(form, 1, 50, b"NATS/1.0\r\nMb-Lease: x\r\n\r\n"), old_until=0)
     assert (found.role, found.n, found.hop, found.seq, found.data) == ("solver", 7, 3, 50, b"body")
     assert found.headers == {"Mb-Lease": "x"}
     assert found.ack_subject == form.format(deliveries=1, seq=50)

@@ -1,0 +1,166 @@
+"""What rows need of JetStream: confirmed publishing, look-ups, acks."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+
+from ..errors import BusError, BusTimeout, NobodyListens, PublishRefused
+from .connection import CALL_TIMEOUT_S, Connection
+from .wire import NO_MESSAGE, Message, PubAck, Stored, confirmation, fence, get_reply, parse_headers, sequence_in
+
+_NEVER = (1 << 63) - 1
+"""No message has this sequence."""
+
+
+class Bus(Connection):
+    """A live connection to a broker with JetStream. Made by `Bus.connect`."""
+
+    async def publish(self, subject: str, body: bytes, headers: dict[str, str] | None = None) -> PubAck:
+        """Stores a message; returns when the broker has confirmed it.
+
+        Raises `PublishRefused` with the broker's code, or `BusTimeout` when it is unknown whether it is stored.
+        """
+        return confirmation(subject, await self.call(subject, body, headers))
+
+    async def begin_publish(
+        self, subject: str, body: bytes, headers: dict[str, str], done: Callable[[BaseException | None], None]
+    ) -> None:
+        """Hands over a message to be stored, and goes on; `done` is told the outcome: None, or what `publish` raises.
+
+        For many at once: it costs no task.
+        """
+        if self._closing or not self._up.is_set():
+            await self.wait_connected()
+        token = str(next(self._tokens))
+        future: asyncio.Future[Message] = self._loop.create_future()
+        self._waiting[token] = (future, time.monotonic() + CALL_TIMEOUT_S)
+
+        def settle(replied: asyncio.Future[Message]) -> None:
+            self._waiting.pop(token, None)
+            try:
+                confirmation(subject, replied.result())
+            except Exception as error:
+                done(error)
+            else:
+                done(None)
+
+        future.add_done_callback(settle)
+        try:
+            await self.send(subject, body, headers, reply=self._inbox + token)
+        except BusError as error:
+            if not future.done():
+                future.set_exception(error)
+
+    async def api(self, method: str, payload: Any = None, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
+        """A call of JetStream's JSON API, such as `STREAM.INFO.name`.
+
+        Raises `PublishRefused` with the broker's code, `BusTimeout`.
+        """
+        body = b"" if payload is None else msgspec.json.encode(payload)
+        reply: dict[str, Any] = msgspec.json.decode((await self.call(f"$JS.API.{method}", body, None, timeout_s)).data)
+        if error := reply.get("error"):
+            raise PublishRefused(method, error.get("err_code", 0), error.get("description", ""))
+        return reply
+
+    async def last(self, stream: str, subject: str) -> Stored | None:
+        """The stream's last message on `subject` (wildcards allowed), or None.
+
+        Asks the stream's leader: a direct get may be answered by a follower that lags behind.
+        """
+        body = msgspec.json.encode({"last_by_subj": subject})
+        reply = get_reply.decode((await self.call(f"$JS.API.STREAM.MSG.GET.{stream}", body)).data)
+        if reply.error is not None:
+            if reply.error.err_code == NO_MESSAGE:
+                return None
+            raise PublishRefused(stream, reply.error.err_code, reply.error.description)
+        assert reply.message is not None
+        found = reply.message
+        headers = parse_headers(base64.b64decode(found.hdrs)) if found.hdrs else {}
+        return Stored(found.subject, found.seq, headers, base64.b64decode(found.data))
+
+    async def last_of(self, subject: str, within: str = "") -> int:
+        """Sequence of the last message stored on `subject`, or on the wildcard `within` of its stream; 0 if none.
+
+        Asked with a publish that must be refused, since the refusal names the sequence: it comes from the leader that
+        has everything that was confirmed, where a cluster lets one that has just taken over answer reads before it
+        has caught up. Raises `PublishRefused`, `BusTimeout`.
+        """
+        try:
+            await self.publish(subject, b"", fence(_NEVER, within))
+        except PublishRefused as error:
+            if (found := sequence_in(error)) is not None:
+                return found
+            raise
+        raise BusError(f"the broker took a message on {subject} that it had to refuse: is it a stream's subject?")
+
+    async def last_sequence(self, stream: str) -> int:
+        """Sequence of the stream's newest message, 0 if it never had one."""
+        info = await self.api(f"STREAM.INFO.{stream}")
+        return int(info["state"]["last_seq"])
+
+    async def read(self, stream: str, start: int = 1, *, subject: str = ">", batch: int = 512) -> AsyncIterator[Stored]:
+        """Messages of a stream on `subject` from sequence `start`, in order, up to the newest at this moment.
+
+        Needs no consumer: each request is answered by direct gets.
+        """
+        while True:
+            count = 0
+            query = {"seq": start, "batch": batch, "next_by_subj": subject, "max_bytes": 8 << 20}
+            async for message in self._direct(stream, query):
+                yield message
+                start = message.seq + 1
+                count += 1
+            if count == 0:
+                return
+
+    async def _direct(self, stream: str, query: dict[str, Any]) -> AsyncIterator[Stored]:
+        await self.wait_connected()
+        token = str(next(self._tokens))
+        queue: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._batches[token] = queue
+        try:
+            body = msgspec.json.encode(query)
+            await self.send(f"$JS.API.DIRECT.GET.{stream}", body, reply=self._inbox + token)
+            while True:
+                try:
+                    async with asyncio.timeout(CALL_TIMEOUT_S):
+                        message = await queue.get()
+                except TimeoutError:
+                    message = None
+                if message is None:
+                    raise BusTimeout(f"reading {stream} was not answered in {CALL_TIMEOUT_S:g} s")
+                headers = message.headers
+                status = headers.get("Status")
+                if status in ("204", "404"):
+                    return
+                if status == "503":
+                    raise NobodyListens(f"nobody answers for stream {stream}")
+                if status is not None:
+                    raise BusTimeout(f"reading {stream} failed: {status} {headers.get('Description', '')}")
+                yield Stored(headers["Nats-Subject"], int(headers["Nats-Sequence"]), headers, message.data)
+        finally:
+            del self._batches[token]
+
+    # --- acks ---------------------------------------------------------------------------------------------------
+
+    async def ack(self, ack_subject: str) -> None:
+        """Acks without waiting: if it is lost the message comes again and is found to be done."""
+        await self.send(ack_subject, b"+ACK")
+
+    async def ack_confirmed(self, ack_subject: str) -> None:
+        """Acks and waits for the broker's confirmation. Raises `BusTimeout`."""
+        await self.call(ack_subject, b"+ACK", timeout_s=2.0)
+
+    async def working(self, ack_subject: str) -> None:
+        """Heartbeat: the delivery is still being worked on."""
+        await self.send(ack_subject, b"+WPI")
+
+    async def nak(self, ack_subject: str) -> None:
+        """Hands a delivery back for immediate redelivery."""
+        await self.send(ack_subject, b"-NAK")
