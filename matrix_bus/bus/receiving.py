@@ -42,6 +42,7 @@ class Receiver(Parser):
         """Bytes in the chunks."""
         self._needed = 0
         """Bytes without which there is nothing to parse."""
+        self._connection = object()
 
     async def parse(self, data: bytes = b"") -> None:
         """Takes what was read. Raises `ProtocolError` for what is no NATS."""
@@ -49,6 +50,7 @@ class Receiver(Parser):
         self._held += len(data)
         if self._held < self._needed:
             return
+        connection = self._connection
         whole = b"".join(self._chunks) if len(self._chunks) > 1 else data
         at, size = 0, len(whole)
         while True:
@@ -84,8 +86,9 @@ class Receiver(Parser):
                 except Exception:  # it is ours, and must not end the reading
                     log.exception("bus.receiver_raised", subject=words[1].decode("utf-8", "replace"))
             at = stop + 2
-        self._chunks = [whole[at:]] if at < size else []
-        self._held = size - at
+        if connection is self._connection:  # else it was lost while the library was at work on something
+            self._chunks = [whole[at:]] if at < size else []
+            self._held = size - at
 
     async def _control(self, line: bytes) -> None:
         client: Any = self.nc
