@@ -52,11 +52,10 @@ class Receiver(Parser):
             return
         connection = self._connection
         whole = b"".join(self._chunks) if len(self._chunks) > 1 else data
-        at, size = 0, len(whole)
+        at, size, needed = 0, len(whole), 0
         while True:
             end = whole.find(b"\r\n", at)
             if end < 0:
-                self._needed = 0
                 if size - at > _LONGEST_CONTROL_LINE:
                     raise ProtocolError("nats: a control line without an end")
                 break
@@ -74,7 +73,7 @@ class Receiver(Parser):
             except (ValueError, IndexError):
                 raise ProtocolError("nats: malformed MSG") from None
             if stop + 2 > size:
-                self._needed = stop + 2 - at
+                needed = stop + 2 - at
                 break
             headers = whole[body : body + head]
             target = self.direct.get(sid)
@@ -88,7 +87,7 @@ class Receiver(Parser):
             at = stop + 2
         if connection is self._connection:  # else it was lost while the library was at work on something
             self._chunks = [whole[at:]] if at < size else []
-            self._held = size - at
+            self._held, self._needed = size - at, needed
 
     async def _control(self, line: bytes) -> None:
         client: Any = self.nc

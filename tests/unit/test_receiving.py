@@ -145,6 +145,23 @@ def test_a_new_connection_begins_anew() -> None:
     assert library.got == [("PING",)]
 
 
+def test_a_connection_that_is_lost_while_the_library_works_leaves_nothing_behind() -> None:
+    library: Any = Library()
+    receiver = Receiver(library)
+
+    async def lost() -> None:
+        receiver.reset()
+
+    library._process_ping = lost
+
+    async def feed() -> None:
+        await receiver.parse(b"PING\r\nMSG a 8 100\r\nhalf")
+        await receiver.parse(b"PONG\r\n")
+
+    asyncio.run(feed())
+    assert library.got == [("PONG",)]
+
+
 @pytest.mark.parametrize(
     "bad", [b"GET / HTTP/1.1\r\n", b"MSG a\r\n", b"MSG a 7 many\r\n", b"HMSG a 7 x 5\r\n", b"x" * 5000]
 )
