@@ -137,7 +137,8 @@ async def submit_all(url: str, path: str, shard: Shard, rows: int) -> dict[str, 
         seconds = time.perf_counter() - started
         cpu_s = time.process_time() - cpu
         sealed = (await registry.require(bus, "intake")).total
-    return {"rows": done.rows, "seconds": seconds, "cpu_s": cpu_s, "total": sealed}
+    rss_mib = psutil.Process().memory_info().rss / (1 << 20)
+    return {"rows": done.rows, "seconds": seconds, "cpu_s": cpu_s, "total": sealed, "rss_mib": rss_mib}
 
 
 def _child(*words: str) -> subprocess.Popen[bytes]:
@@ -185,6 +186,7 @@ def measure(rows: int, row_bytes: int, submit_rows: int, shards: int, forms: lis
                     "broker_cpu_us_per_row": round(
                         (used.user + used.system - before.user - before.system) / submit_rows * 1e6, 1
                     ),
+                    "rss_mib": round(max(part["rss_mib"] for part in parts), 1),
                     "broker_rss_mib": round(server.memory_info().rss / (1 << 20)),
                     "sealed_total": max(part["total"] or 0 for part in parts),
                 }

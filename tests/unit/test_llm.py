@@ -1209,6 +1209,7 @@ def test_the_public_names() -> None:
         *("Responder", "ScriptedModels"),
         *("assistant", "system", "tool", "user"),
         *("SEGMENT_MARK", "read_segment", "segment_body", "with_segment"),
+        *("full_messages", "read_call"),
     }
     assert int(Endpoint("http://a", FakeTransport("http://a"), 2).limit) == 2
 
