@@ -1,12 +1,15 @@
 """Hops per second of one worker process without a model, beside a bare nats-py loop with the same messages.
 
-    python -m benchmarks.hop [--rows 1000] [--in-flight 1000] [--repeat 3]
+    python -m benchmarks.hop [--rows 1000] [--in-flight 1000] [--repeat 3] [--with-reference [--reference-env FOLDER]]
 
 Each measurement has a fresh private broker on file storage, and one fresh client process: our worker with all
 roles, or the floor (see `benchmarks.workload`). Ours and the floor take turns, so that both meet the same weather;
 medians are reported. The time runs from just before the first row is published to the broker's own time stamp of
 the last outcome. Our rows are submitted from this process, the floor's from its own. CPU is that of the client
 process and of the broker over the same stretch and until the queue is empty.
+
+With the reference (see `benchmarks.reference`) there is a third in turn: about a minute and a half each time on two
+cores, and an installation of 0.8 GB at the first.
 
 The result is checked: one outcome per row, each a success after as many hops as its seed asks for, by the count
 of the orchestrator and by what the handlers left in the state. If not, the exit code is 1. The last line is JSON.
@@ -35,6 +38,8 @@ import psutil
 import uvloop
 from msgspec import Struct
 
+from benchmarks import reference
+from benchmarks.reference import Reference
 from benchmarks.workload import RUN_SEED, hops_of, line, sizes
 from matrix_bus import RunConfig, load_workflow, registry, run
 from matrix_bus.broker import Broker, server_info
@@ -215,7 +220,9 @@ async def _empty(bus: Bus, record: RunRecord) -> None:
         await asyncio.sleep(_LOOK_S / 5)
 
 
-def report(results: list[Measured], options: Options) -> dict[str, Any]:
+def report(
+    results: list[Measured], options: Options, references: list[Reference], versions: dict[str, str]
+) -> dict[str, Any]:
     """The figures of all measurements: medians, and each run beside them."""
     ours = [r for r in results if r.side == "ours"]
     floor = [r for r in results if r.side == "floor"]
@@ -233,7 +240,7 @@ def report(results: list[Measured], options: Options) -> dict[str, Any]:
         "hops_per_s": round(ours_hops_per_s),
         "floor_hops_per_s": round(floor_hops_per_s),
         "ratio_to_floor": round(ours_hops_per_s / floor_hops_per_s, 3),
-        "reference_hops_per_s": None,
+        **_beside(references, versions, ours_hops_per_s),
         "rows": options.rows,
         "hops": hops,
         "in_flight": options.in_flight,
@@ -248,7 +255,7 @@ def report(results: list[Measured], options: Options) -> dict[str, Any]:
         "floor_hops_per_s_runs": [round(r.hops_per_s) for r in floor],
         "ratio_runs": [round(a.hops_per_s / b.hops_per_s, 3) for a, b in zip(ours, floor, strict=True)],
         "body_bytes_mean": round(statistics.mean(size for n in range(100) for size in sizes("run", n))),
-        "ok": not any(r.problems for r in results),
+        "ok": not _problems(results, references),
         "machine": {
             "cpus": os.cpu_count(),
             "machine": platform.machine(),
@@ -260,17 +267,46 @@ def report(results: list[Measured], options: Options) -> dict[str, Any]:
     }
 
 
+def _problems(results: list[Measured], references: list[Reference]) -> list[str]:
+    lists = [*(result.problems for result in results), *(its.problems for its in references)]
+    return [problem for problems in lists for problem in problems]
+
+
+def _beside(references: list[Reference], versions: dict[str, str], ours_hops_per_s: float) -> dict[str, Any]:
+    """The figures of the reference; null if it was not measured."""
+    if not references:
+        return dict.fromkeys(("reference_hops_per_s", "reference_rows_per_s", "ratio_to_reference"))
+    hops_per_s = statistics.median(r.hops_per_s for r in references)
+    return {
+        "reference_hops_per_s": round(hops_per_s, 1),
+        "reference_rows_per_s": round(statistics.median(r.rows_per_s for r in references), 1),
+        "ratio_to_reference": round(ours_hops_per_s / hops_per_s, 1),
+        "reference_hops": [r.hops for r in references],
+        "reference_hops_per_s_runs": [round(r.hops_per_s, 1) for r in references],
+        "reference_versions": versions,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="hop", description="Hops per second, beside a bare nats-py loop.")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--in-flight", type=int, default=1000, help="rows in flight, and slots of each role")
     parser.add_argument("--repeat", type=int, default=3, help="measurements of each, in turns")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="of one measurement")
+    parser.add_argument("--with-reference", action="store_true", help="measure the reference implementation too")
+    parser.add_argument(
+        "--reference-env", type=Path, default=reference.DEFAULT_ENVIRONMENT, help="its environment, made if need be"
+    )
     given = parser.parse_args()
     if min(given.rows, given.in_flight, given.repeat) < 1:
         parser.error("--rows, --in-flight and --repeat must be at least 1")
     options = Options(given.rows, given.in_flight, given.timeout_s)
+    versions: dict[str, str] = {}
+    if given.with_reference:
+        reference.prepare(given.reference_env)
+        versions = reference.versions(given.reference_env)
     results: list[Measured] = []
+    references: list[Reference] = []
     sides: tuple[Side, Side] = ("ours", "floor")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         for _ in range(given.repeat):
@@ -283,10 +319,16 @@ def main() -> int:
                     f"{found.broker_cpu_s / found.hops * 1e6:6.1f} us/hop broker",
                     flush=True,
                 )
-    problems = [problem for result in results for problem in result.problems]
+            if given.with_reference:
+                its = reference.measure(given.reference_env, given.rows, given.in_flight, given.timeout_s)
+                references.append(its)
+                print(
+                    f"ref   {its.hops_per_s:8.0f} hops/s {its.rows_per_s:8.1f} rows/s {its.seconds:7.3f} s", flush=True
+                )
+    problems = _problems(results, references)
     for problem in problems[:20]:
         print(problem, file=sys.stderr)
-    print(msgspec.json.encode(report(results, options)).decode(), flush=True)
+    print(msgspec.json.encode(report(results, options, references, versions)).decode(), flush=True)
     return 1 if problems else 0
 
 
