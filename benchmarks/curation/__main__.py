@@ -35,7 +35,8 @@ def ray_configs(slots: int) -> list[dict[str, Any]]:
     return [
         {"batch": [64, 16, 16], "batches": [1, 1, 1], "actors": [2, 2, max(1, some // 2)]},
         {"batch": [64, 16, 16], "batches": [1, 1, 1], "actors": [2, 2, some]},
-        {"batch": [64, 64, 64], "batches": [1, 1, 1], "actors": [2, 2, max(2, slots // 64 * 2)]},
+        {"batch": [64, 64, 64], "batches": [1, 1, 1], "actors": [2, 2, max(2, some // 2)]},
+        {"batch": [64, 64, 64], "batches": [1, 1, 1], "actors": [4, 4, max(4, some)]},
         {"batch": [64, 16, 16], "batches": [4, 4, 2 * some], "actors": [1, 1, 1]},
         {"batch": [64, 4, 1], "batches": [8, 32, 2 * slots], "actors": [1, 1, 1]},
         {"batch": [16, 1, 1], "batches": [16, slots, 2 * slots], "actors": [1, 1, 1]},
@@ -72,13 +73,15 @@ def compare(bench: Bench, given: World, sweep_rows: int, repeat: int) -> tuple[l
     """Everything measured, and the report."""
     slots = given.endpoints.all_slots
     small = msgspec.structs.replace(given, rows=sweep_rows)
-    ray = [bench.measure("ray_data", config, small) for config in ray_configs(slots)]
-    plain = [bench.measure("semaphore", {"in_flight": n}, small) for n in (slots, 2 * slots, 4 * slots)]
+    ray_tried, plain_tried = ray_configs(slots), [{"in_flight": n} for n in (2 * slots, slots, 4 * slots)]
+    ray = [bench.measure("ray_data", config, small) for config in ray_tried if sweep_rows]
+    plain = [bench.measure("semaphore", config, small) for config in plain_tried if sweep_rows]
+    batchwise_tried = [one for one in ray if is_batchwise(one.config)]
     sides: dict[str, tuple[System, dict[str, Any]]] = {
         "matrix_bus": ("ours", our_config(slots)),
-        "ray_data": ("ray_data", fastest(ray).config),
-        "ray_data_batchwise": ("ray_data", fastest([one for one in ray if is_batchwise(one.config)]).config),
-        "semaphore": ("semaphore", fastest(plain).config),
+        "ray_data": ("ray_data", fastest(ray).config if ray else ray_tried[-1]),
+        "ray_data_batchwise": ("ray_data", fastest(batchwise_tried).config if ray else ray_tried[3]),
+        "semaphore": ("semaphore", fastest(plain).config if plain else plain_tried[0]),
     }
     if sides["ray_data"] == sides["ray_data_batchwise"]:
         del sides["ray_data_batchwise"]
@@ -121,10 +124,15 @@ def _short(one: Measured) -> dict[str, Any]:
     return {name: plain[name] for name in ("config", "seconds", "rows_per_s", "utilisation", "cpu_s", "memory_mb")}
 
 
+_SWEEP_HELP = (
+    "pages of the runs that look for the best settings; 0: take those that were the best on the author's machine"
+)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="curation", description="Three systems over the same simulated endpoints.")
     parser.add_argument("--rows", type=int, default=6000)
-    parser.add_argument("--sweep-rows", type=int, default=2500, help="pages of the runs that look for the best setting")
+    parser.add_argument("--sweep-rows", type=int, default=2500, help=_SWEEP_HELP)
     parser.add_argument("--repeat", type=int, default=2, help="full runs of each system, in turns")
     parser.add_argument("--seed", type=int, default=1, help="of the pages")
     parser.add_argument("--endpoints", type=int, default=4)
