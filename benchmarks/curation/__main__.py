@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -150,6 +151,7 @@ def main() -> int:
         Endpoints(args.endpoints, args.slots, args.step_s),
         Lengths(question_median=args.question_tokens, question_sigma=args.question_sigma),
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     bench = Bench(args.ray_env, args.timeout_s)
     if args.sweep_ours:
         found = [bench.measure("ours", config, given) for config in our_sweep(given.endpoints.all_slots)]
