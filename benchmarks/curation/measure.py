@@ -17,7 +17,7 @@ from .pages import Lengths
 from .world import Endpoints
 
 System = Literal["ours", "ray_data", "semaphore"]
-RAY = ("ray[data]==2.51.1", "aiohttp==3.14.5")
+RAY = ("ray[data]==2.51.1", "pyarrow==26.0.1", "pandas==3.1.1", "aiohttp==3.14.5")
 
 
 class World(Struct):
