@@ -12,7 +12,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any
 
@@ -158,7 +158,8 @@ class Worker:
     async def _open(self, record: RunRecord) -> None:
         flow = self._flows.get(record.workflow)
         if flow is None:
-            self._refuse(record, f"workflow {record.workflow!r} is not loaded in this worker")
+            # A worker serves what it was started for; `submit` and `status` say what nobody serves.
+            self._refuse(record, f"workflow {record.workflow!r} is not loaded in this worker", log.info)
             return
         if record.schema > SCHEMA:
             self._refuse(record, f"the run speaks schema {record.schema}, this worker up to {SCHEMA}: upgrade it")
@@ -222,10 +223,10 @@ class Worker:
         pool.capacity = min(slots, self._slots)
         return pool
 
-    def _refuse(self, record: RunRecord, reason: str) -> None:
+    def _refuse(self, record: RunRecord, reason: str, say: Callable[..., None] = log.warning) -> None:
         if self._refused.get(record.id) != reason:
             self._refused[record.id] = reason
-            log.warning("worker.run_refused", run=record.id, reason=reason)
+            say("worker.run_refused", run=record.id, reason=reason)
 
     async def _close(self, run: str) -> None:
         session = self._sessions.pop(run)
