@@ -65,5 +65,6 @@ def _lines(name: str, points: Sequence[Mapping[str, Any]]) -> dict[str, list[Map
         return {"": list(points)}
     found: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
-        found.setdefault("offloaded" if point["stored_mib"] else "in the message", []).append(point)
+        offloaded = point["offload_above_bytes"] < point["row_bytes"]
+        found.setdefault("offloaded" if offloaded else "in the message", []).append(point)
     return found
