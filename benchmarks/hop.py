@@ -289,7 +289,7 @@ def _beside(references: list[Reference], versions: dict[str, str], ours_hops_per
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="hop", description="Hops per second, beside a bare nats-py loop.")
-    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=5000)
     parser.add_argument("--in-flight", type=int, default=1000, help="rows in flight, and slots of each role")
     parser.add_argument("--repeat", type=int, default=3, help="measurements of each, in turns")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="of one measurement")

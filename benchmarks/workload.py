@@ -156,7 +156,7 @@ class Floor:
         run = self._run
         for n, found in enumerate(self._sizes):
             await self._unconfirmed.acquire()
-            headers = self._fenced(f"{run}:{n}:0:0:0", 0, n)
+            headers = self._fenced(0, n)
             await self._call(f"q.{run}._.{n}.0", self._filler[: found[0]], headers, self._accepted)
             if n % 64 == 0:
                 await asyncio.sleep(0)
@@ -196,9 +196,8 @@ class Floor:
         then, values = self._waiting.pop(message.subject[len(self._inbox) :])
         await then(message, *values)
 
-    def _fenced(self, message_id: str, seq: int, n: int) -> dict[str, str]:
+    def _fenced(self, seq: int, n: int) -> dict[str, str]:
         return {
-            "Nats-Msg-Id": message_id,
             _EXPECT: str(seq),
             f"{_EXPECT}-Subject": f"q.{self._run}.*.{n}.*",
         }
@@ -216,7 +215,7 @@ class Floor:
         await self._move(n, 1, _sequence(lease), lease, "")
 
     async def _move(self, n: int, hop: int, seq: int, lease: str, ack: str) -> None:
-        headers = self._fenced(f"{self._run}:{n}:0:{hop}:1", seq, n)
+        headers = self._fenced(seq, n)
         headers["Mb-Lease"] = lease
         subject = f"q.{self._run}.{CYCLE[(hop - 1) % len(CYCLE)]}.{n}.{hop}"
         await self._call(subject, self._filler[: self._sizes[n][hop]], headers, self._moved, ack)
@@ -239,7 +238,7 @@ class Floor:
 
     async def _looked_up(self, reply: Any, n: int, lease: str, ack: str) -> None:
         assert _refused_with(reply) == _sequence(ack)
-        headers = {"Nats-Msg-Id": f"{self._run}:{n}:0:-1:0", _EXPECT: "0"}
+        headers = {_EXPECT: "0"}
         body = self._filler[: self._sizes[n][-1]]
         await self._call(f"out.{self._run}.{n}.0", body, headers, self._ended, lease, ack)
 

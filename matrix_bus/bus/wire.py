@@ -54,6 +54,14 @@ class Message:
             self._headers = parse_headers(self._raw) if self._raw else {}
         return self._headers
 
+    def header(self, name: str) -> str:
+        """One of them, without parsing the others; empty if it is not there. Names are as they were written."""
+        start = self._raw.find(f"\r\n{name}:".encode())
+        if start < 0:
+            return ""
+        start += len(name) + 3
+        return self._raw[start : self._raw.find(b"\r\n", start)].decode().strip()
+
     @property
     def has_headers(self) -> bool:
         """Whether there are any."""

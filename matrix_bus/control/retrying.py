@@ -12,7 +12,15 @@ from msgspec import Raw, Struct
 from .. import registry
 from ..bus import STREAM_NOT_FOUND, Bus, Stored, fence, is_lost_race, patiently
 from ..errors import PublishRefused, RunError
-from ..orchestrator import RowMessage, encode, family, message_id, outcome_stream, row_subject, work_stream
+from ..orchestrator import (
+    HEADER_GENERATION,
+    RowMessage,
+    encode,
+    family,
+    outcome_stream,
+    row_subject,
+    work_stream,
+)
 from ..registry import RunRecord
 
 _AT_ONCE = 256
@@ -111,10 +119,7 @@ async def _send_one(bus: Bus, record: RunRecord, outcome: _Outcome) -> bool:
         generation=generation,
         schema=record.schema,
     )
-    headers = {
-        "Nats-Msg-Id": message_id(record.id, outcome.row, generation, 0),
-        **fence(0, family(record.id, outcome.row)),
-    }
+    headers = {**fence(0, family(record.id, outcome.row)), HEADER_GENERATION: str(generation)}
     try:
         await patiently(bus, lambda: bus.publish(row_subject(record.id, outcome.row), encode(row), headers))
     except PublishRefused as error:

@@ -14,13 +14,13 @@ that means "written by an older version"; what an older reader would get wrong r
 
 from .names import (
     HEADER_CRASHES,
+    HEADER_GENERATION,
     HEADER_LEASE,
     LEASE_ROLE,
     bucket,
     family,
     hop_subject,
     is_token,
-    message_id,
     outcome_stream,
     outcome_subject,
     row_of,
@@ -52,6 +52,7 @@ from .wire import (
 
 __all__ = (
     "HEADER_CRASHES",
+    "HEADER_GENERATION",
     "HEADER_LEASE",
     "LEASE_ROLE",
     "REF_MARK",
@@ -79,7 +80,6 @@ __all__ = (
     "finish",
     "hop_subject",
     "is_token",
-    "message_id",
     "outcome_stream",
     "outcome_subject",
     "read_ref",

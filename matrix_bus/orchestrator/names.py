@@ -52,13 +52,11 @@ def row_of(subject: str) -> int:
     return int(subject.split(".")[2])
 
 
-def message_id(run: str, n: int, generation: int, hop: int, attempt: int = 0) -> str:
-    """Value of the `Nats-Msg-Id` header; readable when the body is not."""
-    return f"{run}:{n}:{generation}:{hop}:{attempt}"
-
-
 HEADER_CRASHES = "Mb-Crashes"
 """How many workers died with the hop in them, as far as is known; left out if none."""
+
+HEADER_GENERATION = "Mb-Generation"
+"""Of the row, readable where the body is not; left out if 0."""
 
 HEADER_LEASE = "Mb-Lease"
 """Ack subject of the row message: whoever finishes the row acks it."""

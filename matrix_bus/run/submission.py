@@ -18,7 +18,6 @@ from ..orchestrator import (
     RowMessage,
     encode,
     family,
-    message_id,
     ref_json,
     row_seed,
     row_subject,
@@ -167,7 +166,7 @@ async def _publish_row(bus: Bus, run: str, n: int, body: bytes) -> None:
 
 
 def _headers(run: str, n: int) -> dict[str, str]:
-    return {"Nats-Msg-Id": message_id(run, n, 0, 0), **fence(0, family(run, n))}
+    return fence(0, family(run, n))
 
 
 async def _require_active(bus: Bus, run: str) -> None:

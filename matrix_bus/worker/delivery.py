@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from ..bus import Message, delivery_facts
-from ..orchestrator import HEADER_CRASHES
+from ..orchestrator import HEADER_CRASHES, HEADER_GENERATION, HEADER_LEASE
 from .pulling import Share
 
 
@@ -19,8 +19,9 @@ class Delivery:
         "data",
         "deadline",
         "deliveries",
-        "headers",
+        "generation",
         "hop",
+        "lease",
         "n",
         "noted",
         "old",
@@ -42,13 +43,16 @@ class Delivery:
         self.n = int(n)
         self.hop = int(hop)
         self.data = message.data
-        self.headers: dict[str, str] = message.headers
+        self.lease = message.header(HEADER_LEASE)
+        """Ack subject of the row message; empty if this is the row message."""
+        self.generation = int(message.header(HEADER_GENERATION) or 0)
+        """Of the row: readable also where the body is not."""
         self.ack_subject = message.reply
         """Replaced when the broker delivers the same message again while it is being worked on."""
         self.deliveries, self.seq = delivery_facts(message.reply)
         self.old = self.deliveries > 1 or self.seq <= old_until
         """Somebody may have handled it before: a restarted broker forgets delivery counts, so age counts too."""
-        self.noted = int(self.headers.get(HEADER_CRASHES, "0"))
+        self.noted = int(message.header(HEADER_CRASHES) or 0)
         """Crashes of workers that were noted of this hop when it was suspected last."""
         self.running = False
         """True while the handler is at work: then this process owns the hop."""
@@ -56,12 +60,6 @@ class Delivery:
         self.spoke = 0
         self.deadline = 0.0
         """On the monotonic clock, while a handler is at work."""
-
-    @property
-    def generation(self) -> int:
-        """Of the row, from a header: readable also where the body is not."""
-        parts = self.headers.get("Nats-Message-Id", "").split(":")
-        return int(parts[2]) if len(parts) == 5 and parts[2].isdigit() else 0
 
     @property
     def suspect(self) -> bool:

@@ -26,6 +26,8 @@ log = logger("worker")
 
 def check(message: Orchestrator, limits: LimitsConfig, now: float) -> None:
     """Raises `LimitReached` if the row must not go to another handler."""
+    if limits.row_s is limits.hops is limits.attempts is limits.tokens is limits.cost is None:
+        return
     used = sum(message.usage.values(), Usage()) if limits.tokens or limits.cost else Usage()
     tokens = used.prompt_tokens + used.completion_tokens
     for name, value, most in (

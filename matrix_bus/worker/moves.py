@@ -12,13 +12,13 @@ from ..errors import BusError, BusTimeout, BusUnavailable, PublishRefused, RowEr
 from ..metrics import DEAD_LETTERS
 from ..orchestrator import (
     HEADER_CRASHES,
+    HEADER_GENERATION,
     HEADER_LEASE,
     Orchestrator,
     RowMessage,
     decode_row,
     family,
     hop_subject,
-    message_id,
     outcome_subject,
     row_subject,
     work_stream,
@@ -79,11 +79,10 @@ class Moves:
         Raises `RowError` if the broker will never take it.
         """
         subject = hop_subject(self._run, message.role, message.n, message.hop)
-        headers = {
-            "Nats-Msg-Id": message_id(self._run, message.n, message.generation, message.hop, message.attempt),
-            **fence(delivery.seq, family(self._run, message.n)),
-            HEADER_LEASE: lease,
-        }
+        headers = fence(delivery.seq, family(self._run, message.n))
+        headers[HEADER_LEASE] = lease
+        if message.generation:
+            headers[HEADER_GENERATION] = str(message.generation)
         wait_s = FIRST_WAIT_S
         while True:
             try:
@@ -112,10 +111,10 @@ class Moves:
         """
         subject = hop_subject(self._run, delivery.role, delivery.n, delivery.hop)
         headers = {
-            "Nats-Msg-Id": f"{delivery.headers.get('Nats-Msg-Id', '')}.{delivery.seq}",
             **fence(delivery.seq, family(self._run, delivery.n)),
-            HEADER_LEASE: delivery.headers.get(HEADER_LEASE, ""),
+            HEADER_LEASE: delivery.lease,
             HEADER_CRASHES: str(crashes),
+            HEADER_GENERATION: str(delivery.generation),
         }
         sequence = 0
         while not sequence:
@@ -138,7 +137,7 @@ class Moves:
             await self._bus.ack(delivery.ack_subject)
             return False
         subject = outcome_subject(self._run, delivery.n, generation)
-        headers = {"Nats-Msg-Id": message_id(self._run, delivery.n, generation, -1), **fence(0)}
+        headers = fence(0)
         wait_s = FIRST_WAIT_S
         stored = False
         while not stored:

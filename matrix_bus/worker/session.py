@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -16,7 +16,6 @@ from ..answers import Answers
 from ..bus import Bus, Message
 from ..errors import BusError, LimitReached, MatrixBusError, RowError, WorkerCrashed, is_transient, user_frames
 from ..orchestrator import (
-    HEADER_LEASE,
     LEASE_ROLE,
     Kind,
     Orchestrator,
@@ -83,7 +82,8 @@ class Session:
         self._held: dict[int, Delivery] = {}
         """By stream sequence."""
         self._ownership = Ownership(bus, record.id, self._moves, self._held)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._aside: set[asyncio.Task[None]] = set()
+        """What runs beside the deliveries, each of which has a task of its own."""
         self._closing = self._paused = False
         self._suspects = Suspects(self._moves)
         self._loop = asyncio.get_running_loop()
@@ -142,13 +142,21 @@ class Session:
         self._closing = True
         await self._lanes.close()  # what is on its way still arrives, and is handed back in _settle
         await asyncio.sleep(0)  # a task that is cancelled before its first step hands nothing back
-        if self._tasks and grace_s > 0:
-            await asyncio.wait(self._tasks, timeout=grace_s)
-        for task in self._tasks:
+        if (tasks := self._at_work()) and grace_s > 0:
+            await asyncio.wait(tasks, timeout=grace_s)
+        tasks = self._at_work()
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._stack.aclose()
+
+    def _at_work(self) -> list[asyncio.Task[None]]:
+        return [*self._aside, *(delivery.task for delivery in self._held.values())]
+
+    def _set_aside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
 
     # --- arriving -----------------------------------------------------------------------------------------------
 
@@ -163,9 +171,7 @@ class Session:
             return
         self._held[delivery.seq] = delivery
         work = self._admit if delivery.role == LEASE_ROLE else self._hop
-        task = delivery.task = self._loop.create_task(self._settle(delivery, work))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        delivery.task = self._loop.create_task(self._settle(delivery, work))
 
     async def _settle(self, delivery: Delivery, work: Callable[[Delivery], Any]) -> None:
         """Every delivery ends here: settled by `work`, or handed back."""
@@ -239,7 +245,7 @@ class Session:
         except RowError as error:
             await self._bury(delivery, error)
             return
-        lease = delivery.headers.get(HEADER_LEASE, "")
+        lease = delivery.lease
         if delivery.old and not await self._ownership.needs_handler(delivery, message.generation, lease):
             return
         if delivery.suspect:
@@ -319,9 +325,7 @@ class Session:
         if await self._moves.outcome(delivery, message.generation, body, lease):
             metrics.OUTCOMES.labels(self.flow.name, kind).inc()
             if self._stop_rule.suspects(kind == "failed"):
-                task = self._loop.create_task(self._stop_rule.check())
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._set_aside(self._stop_rule.check())
         if delivery.role != LEASE_ROLE:
             self._served[delivery.role].stats.settled["outcome"] += 1
 
@@ -334,7 +338,7 @@ class Session:
         )
         message = admit(row, self.record.id, delivery.n, delivery.role, b"", time.time())
         message.hop = delivery.hop
-        await self._fail(delivery, message, error, delivery.headers.get(HEADER_LEASE, ""))
+        await self._fail(delivery, message, error, delivery.lease)
 
     async def _wait_until(self, not_before: float, share: Share) -> None:
         """A retry waits for its time under heartbeat, and without a slot."""
@@ -372,9 +376,7 @@ class Session:
     def _was_stopped(self) -> None:
         """What waited for us in the socket meanwhile may have been given to others, and handled, in the first place."""
         self._epoch = -1
-        task = self._loop.create_task(self._note_queue_end())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._set_aside(self._note_queue_end())
 
     async def _note_queue_end(self) -> None:
         epoch = self._bus.epoch

@@ -67,13 +67,13 @@ async def test_a_zombie_that_publishes_another_next_role_after_a_restart(broker:
                 gate.set()
                 await until(lambda: empty(bus, record), "the row to end")
             other = advance(message, "a")  # it had answered "a", the other worker "b"
-            assert not await moves.move(delivery, other, encode(other), delivery.headers["Mb-Lease"])
+            assert not await moves.move(delivery, other, encode(other), delivery.lease)
             await moves.ack(delivery)
             gate.set()
             (outcome,) = await all_outcomes(bus, record)
             await until(lambda: empty(bus, record), "the queue to be empty")
         late = encode(finish(message, flow.name, 1, "failed", "zombie", 0.0))
-        assert not await moves.outcome(delivery, 0, late, delivery.headers["Mb-Lease"])
+        assert not await moves.outcome(delivery, 0, late, delivery.lease)
         assert await messages(bus, outcome_stream(record.id)) == 1
     assert (outcome.outcome, outcome.reason, outcome.hops) == ("success", "done", 2)
     assert called.calls == {"a": 1, "b": 1}
@@ -116,7 +116,7 @@ async def test_a_death_between_the_outcome_and_the_ack_of_the_lease(bus: Bus) ->
     outcome = encode(finish(message, flow.name, 1, "success", "first", 0.0))
     with pytest.MonkeyPatch.context() as patched, pytest.raises(ConnectionAbortedError):
         patched.setattr(bus, "ack_confirmed", dies)
-        await moves.outcome(delivery, 0, outcome, delivery.headers["Mb-Lease"])
+        await moves.outcome(delivery, 0, outcome, delivery.lease)
     assert await messages(bus, work_stream(record.id)) == 2, "the row and its hop"
     async with working(bus.url, flow):
         await until(lambda: empty(bus, record), "both to be freed")
@@ -136,7 +136,7 @@ async def test_a_death_between_the_ack_of_the_lease_and_of_the_hop(bus: Bus) -> 
     outcome = encode(finish(message, flow.name, 1, "success", "first", 0.0))
     with pytest.MonkeyPatch.context() as patched, pytest.raises(ConnectionAbortedError):
         patched.setattr(bus, "ack", dies)
-        await moves.outcome(delivery, 0, outcome, delivery.headers["Mb-Lease"])
+        await moves.outcome(delivery, 0, outcome, delivery.lease)
     assert await messages(bus, work_stream(record.id)) == 1, "the hop alone"
     async with working(bus.url, flow):
         await until(lambda: empty(bus, record), "it to be freed")

@@ -71,7 +71,7 @@ async def test_two_executions_with_different_answers_move_the_row_once(bus: Bus)
     record = await submitted(bus, trip(), rows(1))
     moves, delivery = await admitted(bus, record)
     message = decode(delivery.data)
-    lease = delivery.headers["Mb-Lease"]
+    lease = delivery.lease
     answers = [advance(message, role) for role in ("a", "b", "a", "b")]
     won = await asyncio.gather(*(moves.move(delivery, answer, encode(answer), lease) for answer in answers))
     assert sorted(won) == [False, False, False, True]
@@ -97,7 +97,7 @@ async def test_a_publish_whose_confirmation_was_lost_is_advanced(bus: Bus) -> No
     record = await submitted(bus, flow, rows(1))
     moves, delivery = await admitted(bus, record)
     following = advance(decode(delivery.data), "b")
-    lease = delivery.headers["Mb-Lease"]
+    lease = delivery.lease
     assert await moves.move(delivery, following, encode(following), lease)
     again = await asyncio.wait_for(moves.move(delivery, following, encode(following), lease), 5)
     assert again is False
@@ -112,7 +112,7 @@ async def test_a_second_outcome_is_refused_for_ever(broker: Broker) -> None:
         record = await submitted(bus, trip(), rows(1))
         moves, delivery = await admitted(bus, record)
         message = decode(delivery.data)
-        lease = delivery.headers["Mb-Lease"]
+        lease = delivery.lease
         outcome = finish(message, "trip", 1, "success", "first", 0.0)
         other = finish(message, "trip", 1, "failed", "second", 0.0)
         stored = await asyncio.gather(*(moves.outcome(delivery, 0, encode(o), lease) for o in (outcome, other)))
@@ -137,7 +137,7 @@ async def test_a_stale_redelivery_is_acked_without_a_call(bus: Bus) -> None:
     record = await submitted(bus, flow, rows(1))
     moves, delivery = await admitted(bus, record)
     following = advance(decode(delivery.data), "b")
-    assert await moves.move(delivery, following, encode(following), delivery.headers["Mb-Lease"])
+    assert await moves.move(delivery, following, encode(following), delivery.lease)
     await bus.nak(delivery.ack_subject)  # the worker died here, before its ack
     async with working(bus.url, flow):
         (outcome,) = await all_outcomes(bus, record)

@@ -33,7 +33,6 @@ from matrix_bus.orchestrator import (
     finish,
     hop_subject,
     is_token,
-    message_id,
     outcome_stream,
     outcome_subject,
     retry,
@@ -377,8 +376,6 @@ def test_subjects_and_ids() -> None:
     assert hop_subject("r1", "judge", 7, 3) == "q.r1.judge.7.3"
     assert family("r1", 7) == "q.r1.*.7.*"
     assert outcome_subject("r1", 7, 1) == "out.r1.7.1"
-    assert message_id("r1", 7, 1, 3, 2) == "r1:7:1:3:2"
-    assert message_id("r1", 7, 1, 3) == "r1:7:1:3:0"
 
 
 @pytest.mark.parametrize("name", ["a", "_", "-", "A-z_09", "x" * 64])

@@ -188,13 +188,14 @@ def delivery(seq: int = 50) -> Delivery:
 
 @each_form
 def test_a_delivery_knows_its_place(form: str) -> None:
-    found = Delivery(message(form, 1, 50, b"NATS/1.0\r\nMb-Lease: x\r\n\r\n"), old_until=0)
+    found = Delivery(message(form, 1, 50, b"NATS/1.0\r\nMb-Lease: x\r\nMb-Generation: 2\r\n\r\n"), old_until=0)
     assert (found.role, found.n, found.hop, found.seq, found.data) == ("solver", 7, 3, 50, b"body")
-    assert found.headers == {"Mb-Lease": "x"}
+    assert (found.lease, found.generation, found.noted) == ("x", 2, 0)
     assert found.ack_subject == form.format(deliveries=1, seq=50)
     assert not found.running
     assert abs(found.beat_at - time.monotonic()) < 60
-    assert Delivery(message(form), old_until=0).headers == {}
+    bare = Delivery(message(form), old_until=0)
+    assert (bare.lease, bare.generation, bare.noted) == ("", 0, 0)
 
 
 @each_form
