@@ -155,6 +155,11 @@ class Connection:
         return self.nc.max_payload
 
     @property
+    def clustered(self) -> bool:
+        """Whether the broker is one of several that keep copies for each other."""
+        return bool(self.nc._server_info.get("cluster"))
+
+    @property
     def connected(self) -> bool:
         return self._up.is_set() and not self._closing
 

@@ -21,6 +21,17 @@ _NEVER = (1 << 63) - 1
 class Bus(Connection):
     """A live connection to a broker with JetStream. Made by `Bus.connect`."""
 
+    def named(self, headers: dict[str, str], *parts: object) -> dict[str, str]:
+        """Adds a message id, joined from `parts`, where the broker is one of a cluster.
+
+        A leader that has just been elected checks a fence before it has applied all that was confirmed; ids are
+        looked at once more when a message is applied. A single server checks the fence against what it has stored,
+        so there an id would only be remembered for two minutes.
+        """
+        if self.clustered:
+            headers["Nats-Msg-Id"] = ":".join(map(str, parts))
+        return headers
+
     async def publish(self, subject: str, body: bytes, headers: dict[str, str] | None = None) -> PubAck:
         """Stores a message; returns when the broker has confirmed it.
 

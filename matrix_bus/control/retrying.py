@@ -119,9 +119,11 @@ async def _send_one(bus: Bus, record: RunRecord, outcome: _Outcome) -> bool:
         generation=generation,
         schema=record.schema,
     )
-    headers = {**fence(0, family(record.id, outcome.row)), HEADER_GENERATION: str(generation)}
+    n = outcome.row
+    headers = bus.named(fence(0, family(record.id, n)), record.id, n, generation, 0)
+    headers[HEADER_GENERATION] = str(generation)
     try:
-        await patiently(bus, lambda: bus.publish(row_subject(record.id, outcome.row), encode(row), headers))
+        await patiently(bus, lambda: bus.publish(row_subject(record.id, n), encode(row), headers))
     except PublishRefused as error:
         if is_lost_race(error):
             return False  # it travels already

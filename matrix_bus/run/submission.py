@@ -87,7 +87,7 @@ async def submit(
                 insisting.close()
 
         await window.acquire()
-        await bus.begin_publish(row_subject(record.id, n), body, _headers(record.id, n), done)
+        await bus.begin_publish(row_subject(record.id, n), body, _headers(bus, record.id, n), done)
 
     async with _unwrapped_group() as group, contextlib.aclosing(_each(lines)) as each:
         async for line in each:
@@ -153,7 +153,7 @@ async def _each(lines: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None
 async def _publish_row(bus: Bus, run: str, n: int, body: bytes) -> None:
     async def publish() -> None:
         try:
-            await bus.publish(row_subject(run, n), body, _headers(run, n))
+            await bus.publish(row_subject(run, n), body, _headers(bus, run, n))
         except NobodyListens:
             await _require_active(bus, run)  # or is it the broker that is starting?
             raise
@@ -165,8 +165,8 @@ async def _publish_row(bus: Bus, run: str, n: int, body: bytes) -> None:
             raise
 
 
-def _headers(run: str, n: int) -> dict[str, str]:
-    return fence(0, family(run, n))
+def _headers(bus: Bus, run: str, n: int) -> dict[str, str]:
+    return bus.named(fence(0, family(run, n)), run, n, 0, 0)
 
 
 async def _require_active(bus: Bus, run: str) -> None:

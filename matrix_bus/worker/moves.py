@@ -79,7 +79,8 @@ class Moves:
         Raises `RowError` if the broker will never take it.
         """
         subject = hop_subject(self._run, message.role, message.n, message.hop)
-        headers = fence(delivery.seq, family(self._run, message.n))
+        place = (message.n, message.generation, message.hop, message.attempt)
+        headers = self._bus.named(fence(delivery.seq, family(self._run, message.n)), self._run, *place)
         headers[HEADER_LEASE] = lease
         if message.generation:
             headers[HEADER_GENERATION] = str(message.generation)
@@ -110,8 +111,11 @@ class Moves:
         The new message counts its deliveries from one; `crashes` goes on counting those that ended with a worker.
         """
         subject = hop_subject(self._run, delivery.role, delivery.n, delivery.hop)
+        place = (delivery.n, delivery.generation, delivery.hop)
         headers = {
-            **fence(delivery.seq, family(self._run, delivery.n)),
+            **self._bus.named(
+                fence(delivery.seq, family(self._run, delivery.n)), self._run, *place, "after", delivery.seq
+            ),
             HEADER_LEASE: delivery.lease,
             HEADER_CRASHES: str(crashes),
             HEADER_GENERATION: str(delivery.generation),
@@ -137,7 +141,7 @@ class Moves:
             await self._bus.ack(delivery.ack_subject)
             return False
         subject = outcome_subject(self._run, delivery.n, generation)
-        headers = fence(0)
+        headers = self._bus.named(fence(0), self._run, delivery.n, generation, -1)
         wait_s = FIRST_WAIT_S
         stored = False
         while not stored:
