@@ -222,18 +222,33 @@ class Connection:
             if not client.is_connected or len(body) > client._max_payload:  # the library knows what to say
                 await client.publish(subject, body, reply, headers)
                 return
-            # As the library's `publish`, without three coroutines and a future for each message.
-            command = hpub(subject, reply, headers, body)
-            client._pending.append(command)
-            client._pending_data_size += len(command)
-            if client._pending_data_size > client._max_pending_size:
+            if self._hand_over(hpub(subject, reply, headers, body)):
                 await client._flush_pending(force_flush=True)
-            elif (flusher := client._flush_queue) is not None and flusher.empty():
-                flusher.put_nowait(self._done)
         except self.client_errors as error:
             raise BusUnavailable(f"cannot send {subject}: {error or type(error).__name__}") from None
 
+    async def write(self, commands: bytes) -> None:
+        """Hands over what `hpub` made, of as many messages as there are. Raises `BusError`."""
+        try:
+            if not self.nc.is_connected:
+                raise BusUnavailable("the connection is gone")
+            if self._hand_over(commands):
+                await self.nc._flush_pending(force_flush=True)
+        except self.client_errors as error:
+            raise BusUnavailable(f"cannot send: {error or type(error).__name__}") from None
+
     # --- inside -------------------------------------------------------------------------------------------------
+
+    def _hand_over(self, command: bytes) -> bool:
+        """As the library's `publish`, without three coroutines and a future for each message. True: wait for it."""
+        client = self.nc
+        client._pending.append(command)
+        client._pending_data_size += len(command)
+        if client._pending_data_size > client._max_pending_size:
+            return True
+        if (flusher := client._flush_queue) is not None and flusher.empty():
+            flusher.put_nowait(self._done)
+        return False
 
     def _on_reply(self, message: Message) -> None:
         token = message.subject[len(self._inbox) :]

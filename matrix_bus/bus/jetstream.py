@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import msgspec
 
 from ..errors import BusError, BusTimeout, NobodyListens, PublishRefused
 from .connection import CALL_TIMEOUT_S, Connection
-from .wire import NO_MESSAGE, Message, PubAck, Stored, confirmation, fence, get_reply, parse_headers, sequence_in
+from .wire import NO_MESSAGE, Message, PubAck, Stored, confirmation, fence, get_reply, hpub, parse_headers, sequence_in
 
 _NEVER = (1 << 63) - 1
 """No message has this sequence."""
@@ -168,9 +168,9 @@ class Bus(Connection):
         """Acks and waits for the broker's confirmation. Raises `BusTimeout`."""
         await self.call(ack_subject, b"+ACK", timeout_s=2.0)
 
-    async def working(self, ack_subject: str) -> None:
-        """Heartbeat: the delivery is still being worked on."""
-        await self.send(ack_subject, b"+WPI")
+    async def working(self, ack_subjects: Iterable[str]) -> None:
+        """Heartbeats: these deliveries are still being worked on. Handed over at once. Raises `BusError`."""
+        await self.write(b"".join([hpub(subject, "", None, b"+WPI") for subject in ack_subjects]))
 
     async def nak(self, ack_subject: str) -> None:
         """Hands a delivery back for immediate redelivery."""

@@ -23,6 +23,11 @@ EXPIRES_S = 10.0
 HEARTBEAT_S = 5.0
 """The broker says every so often that a request still waits: two missed ones and it is asked anew."""
 _BACKOFF_S = 0.5
+_FIRST_GUESS_BYTES = 64 << 10
+_BESIDE_BYTES = 512
+"""Subject, reply subject and headers of a message."""
+_SMOOTHING = 1 / 16
+_LEAST = 2
 
 
 class Lane:
@@ -37,6 +42,10 @@ class Lane:
         self.outstanding = 0
         """Messages asked for and not yet received."""
         self.gone = False
+        self.most_bytes = 8 << 20
+        """What may be under way at once. A broker cuts off a client for which more than 64 MiB wait (its default)."""
+        self._mean_bytes = float(_FIRST_GUESS_BYTES)
+        """Of the last messages, some sixteen of them."""
         self._bus = bus
         self._on_message = on_message
         self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
@@ -55,6 +64,11 @@ class Lane:
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
             await self._bus.stop_listening(subscription)
+
+    @property
+    def fitting(self) -> int:
+        """How many messages of the size of the last ones may be under way at once."""
+        return max(_LEAST, int(self.most_bytes / self._mean_bytes))
 
     def room(self, wanted: int) -> int:
         """How many more to ask for so that `wanted` are under way. Forgets requests that the broker has lost."""
@@ -79,6 +93,7 @@ class Lane:
             self._status(message.headers)
             return
         self.outstanding = max(0, self.outstanding - 1)
+        self._mean_bytes += _SMOOTHING * (len(message.data) + _BESIDE_BYTES - self._mean_bytes)
         self._on_message(message)
 
     def _status(self, headers: dict[str, Any]) -> None:

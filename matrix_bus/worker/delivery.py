@@ -61,6 +61,11 @@ class Delivery:
         self.deadline = 0.0
         """On the monotonic clock, while a handler is at work."""
 
+    def forget_body(self) -> None:
+        """Frees the bytes once they are decoded, where nobody will need to publish them again."""
+        if self.deliveries == 1 and not self.noted:
+            self.data = b""
+
     @property
     def suspect(self) -> bool:
         """Whether it may be this hop that workers die of: it was with two of them, or it came back once more.

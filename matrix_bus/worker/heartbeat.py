@@ -53,11 +53,11 @@ class Wheel:
             if not self._bus.connected:
                 continue
             try:
-                spoke = self._spokes[self._at]
-                for delivery in tuple(spoke):
-                    if delivery not in spoke:  # settled while the one before was sent: a NAK must be the last word
-                        continue
-                    await self._bus.working(delivery.ack_subject)
-                    delivery.beat_at = time.monotonic()
+                # In one write, so that none is settled between two of them: a NAK must be the last word.
+                if spoke := self._spokes[self._at]:
+                    await self._bus.working([delivery.ack_subject for delivery in spoke])
+                now = time.monotonic()
+                for delivery in spoke:
+                    delivery.beat_at = now
             except BusError:
                 continue  # the connection went away in between; the next turn finds it back

@@ -11,6 +11,8 @@ from ..errors import BusError
 
 _TICK_S = 1.0
 _IDLE_AFTER_S = 2.0
+_MOST_BYTES = 32 << 20
+"""Under way to this process, all lanes together: half of what a broker keeps for a client before it cuts it off."""
 _IDLE_ASK = 8
 """What a lane may ask for that has been silent: it must not keep slots from the runs that have work."""
 
@@ -75,7 +77,7 @@ class Pool:
             wanted.append((lane, max(1, int(self.capacity * part) - share.busy, int(spare * part))))
         result = []
         for lane, count in wanted:
-            most = min(count, spare)
+            most = min(count, spare, lane.fitting)
             room = min(lane.room(most), free)
             if room > 0 and (room * 2 >= most or lane.outstanding == 0):
                 result.append((lane, room))
@@ -91,11 +93,13 @@ class Pump:
         self._dirty: set[Pool] = set()
         self._wake = asyncio.Event()
         self._stopped = False
+        self._divided = True
 
     def add(self, share: Share) -> None:
         """Begins to ask for the share's messages."""
         share.pool.shares.append(share)
         self._pools.add(share.pool)
+        self._divided = False
         self.touch(share.pool)
 
     def remove(self, share: Share) -> None:
@@ -103,6 +107,7 @@ class Pump:
         pool = share.pool
         if share in pool.shares:
             pool.shares.remove(share)
+            self._divided = False
         if not pool.shares:
             self._pools.discard(pool)
             self._dirty.discard(pool)
@@ -135,6 +140,8 @@ class Pump:
             self._dirty = set()
             if self._stopped:
                 continue
+            if not self._divided:
+                self._divide()
             now = time.monotonic()
             for pool in pools:
                 for lane, count in pool.asks(now):
@@ -142,3 +149,10 @@ class Pump:
                         await lane.ask(count)
                     except BusError:
                         continue  # disconnected: the epoch changes and the next tick asks anew
+
+    def _divide(self) -> None:
+        """Gives each lane its part of what may be under way."""
+        self._divided = True
+        lanes = [share.lane for pool in self._pools for share in pool.shares if share.lane is not None]
+        for lane in lanes:
+            lane.most_bytes = _MOST_BYTES // len(lanes)

@@ -81,6 +81,8 @@ class Session:
         self._epoch = -1
         self._held: dict[int, Delivery] = {}
         """By stream sequence."""
+        self._travelling: set[int] = set()
+        """Rows of which a hop is held."""
         self._ownership = Ownership(bus, record.id, self._moves, self._held)
         self._aside: set[asyncio.Task[None]] = set()
         """What runs beside the deliveries, each of which has a task of its own."""
@@ -169,8 +171,16 @@ class Session:
             held.ack_subject = delivery.ack_subject
             held.beat_at = delivery.beat_at
             return
+        if delivery.role == LEASE_ROLE:
+            if delivery.deliveries > 1 and delivery.n in self._travelling:
+                # Its lease has run out, and comes again later: the row is here, nothing has to be looked up.
+                self._pump.touch(self._lanes.share(LEASE_ROLE).pool)
+                return
+            work = self._admit
+        else:
+            self._travelling.add(delivery.n)
+            work = self._hop
         self._held[delivery.seq] = delivery
-        work = self._admit if delivery.role == LEASE_ROLE else self._hop
         delivery.task = self._loop.create_task(self._settle(delivery, work))
 
     async def _settle(self, delivery: Delivery, work: Callable[[Delivery], Any]) -> None:
@@ -195,6 +205,8 @@ class Session:
         finally:
             self._wheel.remove(delivery)
             del self._held[delivery.seq]
+            if role != LEASE_ROLE:
+                self._travelling.discard(delivery.n)
             share.free()
             self._pump.touch(share.pool)
 
@@ -245,6 +257,7 @@ class Session:
         except RowError as error:
             await self._bury(delivery, error)
             return
+        delivery.forget_body()
         lease = delivery.lease
         if delivery.old and not await self._ownership.needs_handler(delivery, message.generation, lease):
             return

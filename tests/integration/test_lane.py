@@ -59,6 +59,28 @@ async def test_a_lane_brings_as_many_as_were_asked_for(bus: Bus) -> None:
     await lane.close()
 
 
+async def test_a_lane_learns_how_many_messages_fit(bus: Bus) -> None:
+    subject = unique("t")
+    stream = await work_stream_of(bus, subject)
+    await a_consumer(bus, stream)
+    inbox = Inbox(bus, stream)
+    lane = inbox.lane
+    lane.most_bytes = 1_000_000
+    before = lane.fitting
+    await lane.open()
+    await asyncio.gather(*(bus.publish(subject, b"x" * 100_000) for _ in range(100)))
+    await lane.ask(100)
+    await until(lambda: len(inbox.got) == 100, "large messages")
+    assert lane.fitting == 9 < before
+    await asyncio.gather(*(bus.publish(subject, b"x" * 500) for _ in range(200)))
+    await lane.ask(200)
+    await until(lambda: len(inbox.got) == 300, "small messages")
+    assert 900 < lane.fitting < 1000
+    lane.most_bytes = 10
+    assert lane.fitting == 2, "or nothing would come at all"
+    await lane.close()
+
+
 async def test_a_lane_forgets_what_expired_unserved(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pull, "EXPIRES_S", 1.0)
     monkeypatch.setattr(pull, "HEARTBEAT_S", 0.4)
@@ -156,7 +178,7 @@ async def test_ack_nak_and_working_do_what_they_say(bus: Bus) -> None:
     await until(lambda: inbox.deliveries(b"nacked") == [1, 2], "the redelivery, at once", 0.9)
 
     async def silent_again() -> bool:
-        await bus.working(reply[b"beaten"])
+        await bus.working([reply[b"beaten"]])
         return len(inbox.deliveries(b"silent")) == 3
 
     await until(silent_again, "two redeliveries of what nobody works on")

@@ -8,7 +8,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,6 +54,8 @@ class FakeLane:
         self.outstanding = outstanding
         self.weight = weight
         self.asked = asyncio.Event()
+        self.most_bytes = 0
+        self.fitting = 1 << 30
         self._open = open_
 
     def room(self, wanted: int) -> int:
@@ -151,6 +153,36 @@ def test_a_full_pool_asks_for_nothing() -> None:
     assert asks(pool(4, (FakeLane(), NOW), busy=9)) == {}
 
 
+def test_large_messages_are_asked_for_in_small_numbers() -> None:
+    lane = FakeLane()
+    lane.fitting = 6
+    made = pool(100, (lane, NOW))
+    assert asks(made) == {lane: 6}
+    lane.outstanding = 4
+    assert asks(made) == {}, "small refills wait to become larger ones"
+    lane.outstanding = 3
+    assert asks(made) == {lane: 3}
+
+
+async def test_the_lanes_of_a_process_divide_what_may_be_under_way() -> None:
+    pump, lanes = Pump(), [FakeLane() for _ in range(4)]
+    slots = Pool(1000)
+    shares = [Share(slots, cast(Lane, lane)) for lane in lanes]
+    running = asyncio.create_task(pump.run())
+    try:
+        for share in shares:
+            pump.add(share)
+        await asyncio.wait_for(lanes[0].asked.wait(), 5)
+        assert {lane.most_bytes for lane in lanes} == {8 << 20}
+        for share in shares[1:]:
+            pump.remove(share)
+        pump.touch(slots)
+        await asyncio.sleep(0.01)
+        assert lanes[0].most_bytes == 32 << 20
+    finally:
+        running.cancel()
+
+
 async def test_the_pump_asks_when_slots_get_free() -> None:
     pump, lane = Pump(), FakeLane()
     slots = Pool(4)
@@ -223,11 +255,11 @@ class FakeBus:
         self.enough = asyncio.Event()
         self.wanted = 0
 
-    async def working(self, ack_subject: str) -> None:
+    async def working(self, ack_subjects: Iterable[str]) -> None:
         if self.failing:
             self.failing -= 1
             raise BusUnavailable("away")
-        self.beats.append((ack_subject, time.monotonic()))
+        self.beats.extend((ack_subject, time.monotonic()) for ack_subject in ack_subjects)
         if self.wanted and len(self.beats) >= self.wanted:
             self.enough.set()
 
@@ -349,25 +381,24 @@ async def test_nothing_is_sent_while_the_broker_is_away(wheel: Wheel, fake_bus: 
     assert one.beat_at > before
 
 
-async def test_what_is_handed_back_during_a_turn_gets_no_heartbeat() -> None:
-    class Slow(FakeBus):
-        """While it sends one heartbeat, all others are handed back."""
+async def test_the_heartbeats_of_a_turn_are_one_write() -> None:
+    """So nothing can be handed back between two of them: the heartbeat after a NAK would take the message back."""
 
-        async def working(self, ack_subject: str) -> None:
-            for one in held:
-                if one.ack_subject != ack_subject:
-                    turned.remove(one)
-            await super().working(ack_subject)
+    class Counting(FakeBus):
+        writes = 0
 
-    bus = Slow()
-    held = [delivery(1), delivery(2)]
-    turned = Wheel(cast(Bus, bus), 0.1)
-    for one in held:
-        turned.add(one)
+        async def working(self, ack_subjects: Iterable[str]) -> None:
+            self.writes += 1
+            await super().working(ack_subjects)
+
+    bus = Counting()
+    turned = Wheel(cast(Bus, bus), ACK_WAIT_S)
+    for seq in range(1, 31):
+        turned.add(delivery(seq))
     turning = asyncio.create_task(turned.turn())
-    await bus.count(2)
+    await bus.count(30)
     turning.cancel()
-    assert len({subject for subject, _ in bus.beats}) == 1
+    assert (bus.writes, len(bus.beats)) == (1, 30)
 
 
 # --- backoff ------------------------------------------------------------------------------------------------
