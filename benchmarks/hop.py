@@ -23,34 +23,26 @@ import importlib.metadata
 import os
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from contextlib import AsyncExitStack
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import psutil
 import uvloop
 from msgspec import Struct
 
 from benchmarks import reference
 from benchmarks.reference import Reference
+from benchmarks.stage import Client, Stage, cpu_s, empty, last_outcome, stage
 from benchmarks.workload import RUN_SEED, hops_of, line, sizes
-from matrix_bus import RunConfig, load_workflow, registry, run
-from matrix_bus.broker import Broker, server_info
-from matrix_bus.bus import Bus
+from matrix_bus import RunConfig, run
+from matrix_bus.broker import server_info
 from matrix_bus.dataset import Line
-from matrix_bus.orchestrator import decode_outcome, outcome_stream, row_seed, work_stream
-from matrix_bus.registry import RunRecord
+from matrix_bus.orchestrator import decode_outcome, outcome_stream, row_seed
 
-_ROOT = Path(__file__).resolve().parent.parent
 _WORKFLOW = Path(__file__).with_name("workload.py")
-_LOOK_S = 0.05
 
 Side = Literal["ours", "floor"]
 
@@ -79,91 +71,24 @@ class Measured(Struct):
         return self.hops / self.seconds
 
 
-class _Client:
-    """The process that is measured, started in `directory`; its stderr goes to a file there."""
-
-    def __init__(self, words: list[str], directory: Path) -> None:
-        self._log = directory / "client.log"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", *words],
-                cwd=_ROOT,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-
-    @property
-    def cpu_s(self) -> float:
-        return _cpu_s(self._process.pid)
-
-    def check(self) -> None:
-        """Raises `SystemExit` if it has ended."""
-        if self._process.poll() is not None:
-            raise SystemExit(f"the measured process ended early:\n{self._log.read_text()[-2000:]}")
-
-    async def read(self) -> str:
-        assert self._process.stdout is not None
-        if text := await asyncio.to_thread(self._process.stdout.readline):
-            return text.strip()
-        self._process.wait()
-        raise SystemExit(f"the measured process ended early:\n{self._log.read_text()[-2000:]}")
-
-    def write(self, text: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(text + "\n")
-        self._process.stdin.flush()
-
-    def stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.communicate(timeout=15)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
-
-
-def _cpu_s(pid: int) -> float:
-    times = psutil.Process(pid).cpu_times()
-    return float(times.user + times.system)
-
-
 async def measure(side: Side, options: Options) -> Measured:
     """One measurement on a broker of its own."""
-    async with AsyncExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="matrix-bus-hop-")))
-        broker = stack.enter_context(Broker(directory / "broker"))
-        bus = await stack.enter_async_context(await Bus.connect(broker.url))
-        flow = load_workflow(str(_WORKFLOW))
-        record = run.new_record(flow, RunConfig(max_in_flight=options.in_flight, seed=RUN_SEED))
-        slots = str(options.in_flight)
-        words = ["benchmarks.workload", broker.url, record.id, str(options.rows), slots]
-        if side == "ours":
-            words = ["matrix_bus", "worker", "--server", broker.url, "--workflow", str(_WORKFLOW), "--slots", slots]
-        record = await run.open_run(bus, record)
-        client = _Client(words, directory)
-        stack.callback(client.stop)
-        go = _ours if side == "ours" else _floor
-        async with asyncio.timeout(options.timeout_s):
-            measured = await go(bus, record, broker, client, options)
-        info = server_info(broker.url) or {}
-        measured.server = str(info.get("version", ""))
+    config = RunConfig(max_in_flight=options.in_flight, seed=RUN_SEED)
+    async with stage(str(_WORKFLOW), config, workers=side == "ours") as here, asyncio.timeout(options.timeout_s):
+        measured = await (_ours if side == "ours" else _floor)(here, options)
+        measured.server = str((server_info(here.bus.url) or {}).get("version", ""))
         return measured
 
 
-async def _ours(bus: Bus, record: RunRecord, broker: Broker, client: _Client, options: Options) -> Measured:
+async def _ours(here: Stage, options: Options) -> Measured:
+    bus, (record,), (worker,) = here.bus, here.records, here.workers
     lines = [Line(n, line(n), f"q{n}") for n in range(options.rows)]
-    while (await registry.progress(bus, record)).idle_roles:
-        client.check()
-        await asyncio.sleep(_LOOK_S)
-    await asyncio.sleep(4 * _LOOK_S)
-    client_cpu, broker_cpu, started = client.cpu_s, _cpu_s(broker.pid), time.time()
+    client_cpu, broker_cpu, started = worker.cpu_s, cpu_s(here.broker), time.time()
     async with asyncio.TaskGroup() as group:
         group.create_task(run.submit(bus, record, lines))
-        ended = await _last_outcome(bus, record, client, options.rows)
-    await _empty(bus, record)
-    client_cpu, broker_cpu = client.cpu_s - client_cpu, _cpu_s(broker.pid) - broker_cpu
+        ended = await last_outcome(here, [options.rows])
+    await empty(here)
+    client_cpu, broker_cpu = worker.cpu_s - client_cpu, cpu_s(here.broker) - broker_cpu
     kinds: Counter[str] = Counter()
     rows: Counter[int] = Counter()
     problems: list[str] = []
@@ -185,14 +110,21 @@ async def _ours(bus: Bus, record: RunRecord, broker: Broker, client: _Client, op
     return Measured("ours", ended - started, hops, client_cpu, broker_cpu, dict(kinds), problems)
 
 
-async def _floor(bus: Bus, record: RunRecord, broker: Broker, client: _Client, options: Options) -> Measured:
-    await client.read()
-    broker_cpu = _cpu_s(broker.pid)
-    client.write("go")
-    ended = await _last_outcome(bus, record, client, options.rows)
-    counted = msgspec.json.decode(await client.read())
-    await _empty(bus, record)
-    broker_cpu = _cpu_s(broker.pid) - broker_cpu
+async def _floor(here: Stage, options: Options) -> Measured:
+    bus, (record,) = here.bus, here.records
+    words = ["benchmarks.workload", bus.url, record.id, str(options.rows), str(options.in_flight)]
+    client = Client(here.directory, 0, words)
+    here.workers.append(client)
+    try:
+        await client.read()
+        broker_cpu = cpu_s(here.broker)
+        client.write("go")
+        ended = await last_outcome(here, [options.rows])
+        counted = msgspec.json.decode(await client.read())
+        await empty(here)
+        broker_cpu = cpu_s(here.broker) - broker_cpu
+    finally:
+        client.stop()
     subjects = Counter([message.subject async for message in bus.read(outcome_stream(record.id))])
     problems = []
     if subjects != Counter(f"out.{record.id}.{n}.0" for n in range(options.rows)):
@@ -202,22 +134,6 @@ async def _floor(bus: Bus, record: RunRecord, broker: Broker, client: _Client, o
         problems.append(f"floor: {counted['hops']} hops, {drawn} drawn")
     seconds, kinds = ended - counted["started"], {"success": subjects.total()}
     return Measured("floor", seconds, counted["hops"], counted["cpu_s"], broker_cpu, kinds, problems)
-
-
-async def _last_outcome(bus: Bus, record: RunRecord, client: _Client, rows: int) -> float:
-    """When the broker stored the last of `rows` outcomes, as Unix time."""
-    while True:
-        state = (await bus.api(f"STREAM.INFO.{outcome_stream(record.id)}"))["state"]
-        if state["messages"] >= rows:
-            return datetime.fromisoformat(state["last_ts"]).timestamp()
-        client.check()
-        await asyncio.sleep(_LOOK_S)
-
-
-async def _empty(bus: Bus, record: RunRecord) -> None:
-    """Returns when all acks have reached the work queue."""
-    while (await bus.api(f"STREAM.INFO.{work_stream(record.id)}"))["state"]["messages"]:  # noqa: ASYNC110
-        await asyncio.sleep(_LOOK_S / 5)
 
 
 def report(

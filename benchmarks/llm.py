@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -28,7 +29,8 @@ from matrix_bus.config import ModelConfig, Sampling
 from matrix_bus.llm import LLM, ModelPool, system, user
 
 _TEXT = "The option fits the premises, since each step follows from the one before and no other does. " * 8
-_ANSWER = _TEXT[:700]
+ANSWER = _TEXT[:700]
+"""What the server says to everything."""
 _CHAT = [system("You are one of two experts who discuss a question. Be brief."), user(_TEXT + "What do you think?")]
 
 _SERVER = """
@@ -67,6 +69,18 @@ uvloop.run(main())
 Call = Callable[[], Awaitable[str]]
 
 
+@contextlib.contextmanager
+def null_server() -> Iterator[str]:
+    """A model server in another process that answers at once; its address."""
+    server = subprocess.Popen([sys.executable, "-c", _SERVER, ANSWER], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        yield f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
+    finally:
+        server.kill()
+        server.wait()
+
+
 async def _timed(call: Call, calls: int, in_flight: int) -> tuple[float, float]:
     """(CPU seconds of this process, seconds) for so many calls."""
     left = calls
@@ -75,7 +89,7 @@ async def _timed(call: Call, calls: int, in_flight: int) -> tuple[float, float]:
         nonlocal left
         while left > 0:
             left -= 1
-            if await call() != _ANSWER:
+            if await call() != ANSWER:
                 raise SystemExit("a reply was not the expected one")
 
     for _ in range(20):
@@ -123,20 +137,13 @@ def main() -> int:
     parser.add_argument("--in-flight", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
     given = parser.parse_args()
-    server = subprocess.Popen([sys.executable, "-c", _SERVER, _ANSWER], stdout=subprocess.PIPE, text=True)
     ours: list[tuple[float, float]] = []
     sdk: list[tuple[float, float]] = []
     sdk_calls = max(200, given.calls // 10)
-    try:
-        assert server.stdout is not None
-        url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            for _ in range(given.repeat):
-                ours.append(runner.run(_ours(url, given.calls, given.in_flight)))
-                sdk.append(runner.run(_sdk(url, sdk_calls, given.in_flight)))
-    finally:
-        server.kill()
-        server.wait()
+    with null_server() as url, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        for _ in range(given.repeat):
+            ours.append(runner.run(_ours(url, given.calls, given.in_flight)))
+            sdk.append(runner.run(_sdk(url, sdk_calls, given.in_flight)))
     ours_us = [cpu_s / given.calls * 1e6 for cpu_s, _ in ours]
     sdk_us = [cpu_s / sdk_calls * 1e6 for cpu_s, _ in sdk]
     found = {

@@ -8,37 +8,28 @@ is read again and checked. Rows are submitted from this process.
 from __future__ import annotations
 
 import asyncio
-import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import datetime
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import IO
 
 import msgspec
 import psutil
 from msgspec import Struct
 
 from benchmarks import ring
-from matrix_bus import RunConfig, load_workflow, run
-from matrix_bus.broker import Broker
+from benchmarks.stage import LOOK_S, Stage, cpu_s, empty, last_outcome, stage
+from matrix_bus import RunConfig, run
 from matrix_bus.bus import Bus
 from matrix_bus.config import IoConfig
 from matrix_bus.dataset import Line
-from matrix_bus.orchestrator import decode_outcome, outcome_stream, work_stream
+from matrix_bus.orchestrator import decode_outcome, outcome_stream
 from matrix_bus.payload import stream_of
 from matrix_bus.registry import RunRecord
 
-_ROOT = Path(__file__).resolve().parent.parent
 _WORKFLOW = Path(__file__).with_name("ring.py")
-_LOOK_S = 0.05
-_SETTLE_S = 0.5
-_EVENT = re.compile(r"\b(?:worker|bus)\.\w+")
 
 
 class Setup(Struct, frozen=True, kw_only=True):
@@ -87,122 +78,26 @@ class Point(Struct, kw_only=True):
     problems: list[str] = []
 
 
-class WorkerProcess:
-    """`matrix-bus worker` as a process of its own; its stderr goes to a file in `directory`."""
-
-    def __init__(self, directory: Path, number: int, words: Sequence[str]) -> None:
-        self._log = directory / f"worker-{number}.log"
-        self._seen: IO[str] | None = None
-        self._events: Counter[str] = Counter()
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "matrix_bus", "worker", "--log-level", "info", *words],
-                cwd=_ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-        self._known = psutil.Process(self._process.pid)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def cpu_s(self) -> float:
-        return cpu_s(self._known)
-
-    @property
-    def rss_mib(self) -> float:
-        return float(self._known.memory_info().rss) / (1 << 20)
-
-    def said(self, event: str) -> int:
-        """How often an event is in its log so far."""
-        self._seen = self._seen or self._log.open()
-        self._events.update(_EVENT.findall(self._seen.read()))
-        return self._events[event]
-
-    def check(self) -> None:
-        """Raises `SystemExit` if it has ended."""
-        if self._process.poll() is not None:
-            raise SystemExit(f"a worker ended early:\n{self._log.read_text()[-2000:]}")
-
-    def stop(self) -> None:
-        if self._seen is not None:
-            self._seen.close()
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-def cpu_s(process: psutil.Process) -> float:
-    """CPU seconds of a process so far."""
-    times = process.cpu_times()
-    return float(times.user + times.system)
-
-
-class Stage(Struct):
-    """Broker, runs and workers, ready for rows."""
-
-    directory: Path
-    bus: Bus
-    broker: psutil.Process
-    records: list[RunRecord]
-    workers: list[WorkerProcess]
-
-    def check(self) -> None:
-        """Raises `SystemExit` if a worker has ended."""
-        for worker in self.workers:
-            worker.check()
-
-    @property
-    def workers_cpu_s(self) -> float:
-        return sum(worker.cpu_s for worker in self.workers)
-
-    @property
-    def disconnected(self) -> int:
-        """How often a worker lost its connection: the broker cuts off who has 64 MiB waiting for it."""
-        return sum(worker.said("bus.disconnected") for worker in self.workers)
-
-
 @asynccontextmanager
-async def stage(setup: Setup, words: Sequence[str] = ()) -> AsyncIterator[Stage]:
-    """Opens the runs and waits until all workers serve all of them. `words` are more options of the workers."""
-    async with AsyncExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="matrix-bus-scale-")))
-        broker = stack.enter_context(Broker(directory / "broker"))
-        bus = await stack.enter_async_context(await Bus.connect(broker.url))
-        spec = f"{_WORKFLOW}:ring_{setup.roles}"
-        gate = str(directory / setup.gate) if setup.gate else ""
+async def point(setup: Setup, words: Sequence[str] = ()) -> AsyncIterator[Stage]:
+    """What the setup says, ready for rows. `words` are more options of the workers."""
+    with tempfile.TemporaryDirectory(prefix="matrix-bus-scale-") as folder:
+        gate = str(Path(folder) / setup.gate) if setup.gate else ""
         config = RunConfig(
             workflow={"hops": setup.hops, "wait_s": setup.wait_s, "gate": gate},
             max_in_flight=setup.in_flight,
             io=IoConfig(offload_above_bytes=setup.offload_above_bytes),
         )
-        flow = load_workflow(spec)
-        records = []
-        for number in range(setup.runs):
-            record = run.new_record(flow, config, run=f"scale-{number}")
-            records.append(await run.open_run(bus, record))
-        options = ["--server", broker.url, "--workflow", spec, "--slots", str(setup.in_flight), *words]
-        made = Stage(directory, bus, psutil.Process(broker.pid), records, [])
-        for number in range(setup.workers):
-            made.workers.append(WorkerProcess(directory, number, options))
-            stack.callback(made.workers[-1].stop)
-        async with asyncio.timeout(60 + setup.runs):
-            while any(worker.said("worker.serving") < setup.runs for worker in made.workers):
-                made.check()
-                await asyncio.sleep(_LOOK_S)
-        await asyncio.sleep(_SETTLE_S)
-        yield made
+        spec = f"{_WORKFLOW}:ring_{setup.roles}"
+        async with stage(
+            spec, config, directory=Path(folder), runs=setup.runs, workers=setup.workers, words=words
+        ) as made:
+            yield made
 
 
 async def measure(setup: Setup) -> Point:
     """Submits all rows, waits for the last outcome, and checks all of them."""
-    async with stage(setup) as here, asyncio.timeout(setup.timeout_s):
+    async with point(setup) as here, asyncio.timeout(setup.timeout_s):
         numbers = [range(at, setup.rows, setup.runs) for at in range(setup.runs)]
         datasets = [[Line(at, ring.line(n, setup.row_bytes), f"r{n}") for at, n in enumerate(some)] for some in numbers]
         ours = psutil.Process()
@@ -212,8 +107,8 @@ async def measure(setup: Setup) -> Point:
             nonlocal peak_mib
             while True:
                 here.check()
-                peak_mib = max(peak_mib, *(worker.rss_mib for worker in here.workers))
-                await asyncio.sleep(2 * _LOOK_S)
+                peak_mib = max(peak_mib, *(client.rss_mib for client in here.workers))
+                await asyncio.sleep(2 * LOOK_S)
 
         watching = asyncio.create_task(watch())
         before = here.workers_cpu_s, cpu_s(here.broker), cpu_s(ours)
@@ -254,27 +149,6 @@ async def measure(setup: Setup) -> Point:
             ok=not problems,
             problems=problems[:10],
         )
-
-
-async def last_outcome(here: Stage, rows: Sequence[int]) -> float:
-    """When the broker stored the last outcome of all runs, as Unix time. Looks at one run at a time."""
-    latest = 0.0
-    for record, wanted in zip(here.records, rows, strict=True):
-        while True:
-            state = (await here.bus.api(f"STREAM.INFO.{outcome_stream(record.id)}"))["state"]
-            if state["messages"] >= wanted:
-                latest = max(latest, datetime.fromisoformat(state["last_ts"]).timestamp() if wanted else 0.0)
-                break
-            here.check()
-            await asyncio.sleep(_LOOK_S)
-    return latest
-
-
-async def empty(here: Stage) -> None:
-    """Returns when all acks have reached the work queues."""
-    for record in here.records:
-        while (await here.bus.api(f"STREAM.INFO.{work_stream(record.id)}"))["state"]["messages"]:  # noqa: ASYNC110
-            await asyncio.sleep(_LOOK_S / 5)
 
 
 class _Left(Struct):

@@ -18,7 +18,8 @@ import urllib.request
 from msgspec import Struct
 
 from benchmarks import ring
-from benchmarks.scale_point import Setup, Stage, cpu_s, empty, last_outcome, stage, wrong
+from benchmarks.scale_point import Setup, point, wrong
+from benchmarks.stage import Stage, cpu_s, empty, last_outcome
 from matrix_bus import run
 from matrix_bus.dataset import Line
 from matrix_bus.orchestrator import LEASE_ROLE, work_stream
@@ -89,7 +90,7 @@ async def measure(in_flight: int, *, row_bytes: int, rate: float, rest_s: float)
         rows=in_flight, hops=hops, row_bytes=row_bytes, in_flight=in_flight, wait_s=wait_s, gate="gate-is-open"
     )
     port = free_port()
-    async with stage(setup, ["--metrics-port", str(port)]) as here, asyncio.timeout(600):
+    async with point(setup, ["--metrics-port", str(port)]) as here, asyncio.timeout(600):
         (record,), (worker,) = here.records, here.workers
         bare = await _look(here, port)
         started = time.monotonic()
