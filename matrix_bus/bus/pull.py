@@ -36,7 +36,15 @@ class Lane:
     `gone` is set when the consumer or its stream was deleted.
     """
 
-    def __init__(self, bus: Bus, stream: str, consumer: str, on_message: Callable[[Message], None]) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        stream: str,
+        consumer: str,
+        on_message: Callable[[Message], None],
+        on_low: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_low` is called when half of what was asked for has come, and when all of it: time to ask for more."""
         self.stream = stream
         self.consumer = consumer
         self.outstanding = 0
@@ -48,6 +56,8 @@ class Lane:
         """Of the last messages, some sixteen of them."""
         self._bus = bus
         self._on_message = on_message
+        self._on_low = on_low
+        self._low = 0
         self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
         self._inbox = bus.nc.new_inbox()
         self._subscription: Subscription | None = None
@@ -83,6 +93,7 @@ class Lane:
     async def ask(self, count: int) -> None:
         """Requests `count` more messages."""
         self.outstanding += count
+        self._low = self.outstanding // 2
         self._heard_at = time.monotonic()
         body = {"batch": count, "expires": int(EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
         await self._bus.send(self._subject, msgspec.json.encode(body), reply=self._inbox)
@@ -95,6 +106,8 @@ class Lane:
         self.outstanding = max(0, self.outstanding - 1)
         self._mean_bytes += _SMOOTHING * (len(message.data) + _BESIDE_BYTES - self._mean_bytes)
         self._on_message(message)
+        if self.outstanding in (self._low, 0):
+            self._on_low()
 
     def _status(self, headers: dict[str, Any]) -> None:
         status, description = headers["Status"], headers.get("Description", "").lower()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 
 from ..bus import Bus, Lane, Message
@@ -49,10 +50,13 @@ class Lanes:
     async def open(self) -> None:
         """Begins to ask for messages. Raises `BusError`."""
         for role, share in self._shares.items():
-            lane = Lane(self._bus, self._stream, role, self._receive)
+            lane = Lane(self._bus, self._stream, role, self._receive, functools.partial(self._low, share))
             await lane.open()
             share.lane = lane
             self._pump.add(share)
+
+    def _low(self, share: Share) -> None:
+        self._pump.touch(share.pool)
 
     async def close(self) -> None:
         """Asks for nothing more; what is on its way still arrives."""

@@ -81,6 +81,24 @@ async def test_a_lane_learns_how_many_messages_fit(bus: Bus) -> None:
     await lane.close()
 
 
+async def test_a_lane_says_when_it_is_time_to_ask_for_more(bus: Bus) -> None:
+    subject = unique("t")
+    stream = await work_stream_of(bus, subject)
+    await a_consumer(bus, stream)
+    got: list[Message] = []
+    low: list[int] = []
+    lane = Lane(bus, stream, "c", got.append, lambda: low.append(len(got)))
+    await lane.open()
+    await lane.ask(10)
+    await fill(bus, subject, 30)
+    await until(lambda: len(got) == 10, "what was asked for")
+    assert low == [5, 10]
+    await lane.ask(7)
+    await until(lambda: len(got) == 17, "the rest")
+    assert low == [5, 10, 14, 17]
+    await lane.close()
+
+
 async def test_a_lane_forgets_what_expired_unserved(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pull, "EXPIRES_S", 1.0)
     monkeypatch.setattr(pull, "HEARTBEAT_S", 0.4)
