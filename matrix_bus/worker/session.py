@@ -171,24 +171,25 @@ class Session:
             held.ack_subject = delivery.ack_subject
             held.beat_at = delivery.beat_at
             return
+        share = delivery.share = self._lanes.share(delivery.role)
+        share.heard_at = delivery.beat_at
         if delivery.role == LEASE_ROLE:
             if delivery.deliveries > 1 and delivery.n in self._travelling:
                 # Its lease has run out, and comes again later: the row is here, nothing has to be looked up.
-                self._pump.touch(self._lanes.share(LEASE_ROLE).pool)
+                self._pump.touch(share.pool)
                 return
             work = self._admit
         else:
             self._travelling.add(delivery.n)
             work = self._hop
         self._held[delivery.seq] = delivery
+        # Now, not when its task begins: the pump may count free slots in between.
+        share.take()
         delivery.task = self._loop.create_task(self._settle(delivery, work))
 
     async def _settle(self, delivery: Delivery, work: Callable[[Delivery], Any]) -> None:
         """Every delivery ends here: settled by `work`, or handed back."""
-        role = delivery.role
-        share = delivery.share = self._lanes.share(role)
-        share.take()
-        share.heard_at = delivery.beat_at
+        role, share = delivery.role, delivery.share
         if role != LEASE_ROLE:  # an expired lease costs one refused publish, a heartbeat for each would cost more
             self._wheel.add(delivery)
         telemetry.current_hop.set((self.record.id, delivery.n, delivery.hop, role))
