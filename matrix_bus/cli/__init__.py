@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import traceback
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 from ..errors import BusError, MatrixBusError, ModelError, UsageError, WorkflowError, user_frames
 from ..telemetry import configure_logs
+from .menu import Menu
 
 
 def _show_version(wanted: bool) -> None:
@@ -26,6 +26,7 @@ app = typer.Typer(
     help="Multi-agent synthetic data generation as rows that travel over NATS JetStream.\n\n"
     "Start with `matrix-bus run FILE`: broker, model, workers and output in one command. To spread the work, run "
     "`matrix-bus worker` in as many terminals and machines as you like, and `matrix-bus submit FILE` in another.",
+    cls=Menu,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,9 +46,6 @@ def _everywhere(
 
 def main() -> None:
     """Entry point of `matrix-bus`. A user's mistake is one message and exit code 2, never a traceback of ours."""
-    for room in ("submitting", "runs", "processes", "serving", "controls", "settings", "authoring"):  # as in --help
-        importlib.import_module(f".{room}", __package__)
-
     configure_logs()
     try:
         app()

@@ -127,6 +127,23 @@ print(asyncio.events._event_loop_policy)
     assert python(code) == "None"
 
 
+def test_the_menu_names_every_command_and_its_module() -> None:
+    code = (
+        "import importlib, typer, matrix_bus.cli as cli\n"
+        "from matrix_bus.cli import menu\n"
+        "for module in {module for module, _ in menu._COMMANDS.values()}:\n"
+        "    importlib.import_module(f'matrix_bus.cli.{module}')\n"
+        "made = typer.main.get_command(cli.app).commands\n"
+        "wrong = [name for name in made if name not in menu._COMMANDS]\n"
+        "for name, (module, _) in menu._COMMANDS.items():\n"
+        "    calls = getattr(made[name], 'callback', None)\n"
+        "    if calls is not None and calls.__module__ != f'matrix_bus.cli.{module}':\n"
+        "        wrong.append(name)\n"
+        "print(wrong)"
+    )
+    assert python(code) == "[]"
+
+
 def test_help_imports_nothing_that_takes_long() -> None:
     code = (
         "import sys, matrix_bus.cli as cli\n"
