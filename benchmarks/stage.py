@@ -139,12 +139,13 @@ async def stage(
     runs: int = 1,
     workers: int = 1,
     words: Sequence[str] = (),
+    monitor_port: int | None = None,
 ) -> AsyncIterator[Stage]:
     """Opens the runs and waits until all workers serve all of them; a worker has a slot per role and row in flight."""
     async with AsyncExitStack() as stack:
         if directory is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="matrix-bus-bench-")))
-        broker = stack.enter_context(Broker(directory / "broker"))
+        broker = stack.enter_context(Broker(directory / "broker", monitor_port=monitor_port))
         bus = await stack.enter_async_context(await Bus.connect(broker.url))
         flow = load_workflow(spec)
         new = [run.new_record(flow, config, run=f"bench-{number}") for number in range(runs)]
