@@ -93,7 +93,9 @@ def goals(waiting: Sequence[Waiting]) -> dict[str, dict[str, Any]]:
     few, many = by_size.get(_WAITING[0]), by_size.get(_WAITING[-1])
     change = many.worker_cpu_us_per_hop / few.worker_cpu_us_per_hop - 1 if few and many else None
     broker = many.broker_cpu_us_per_hop / few.broker_cpu_us_per_hop - 1 if few and many else None
-    rss = max((found.rss_per_row_bytes for found in waiting), default=None)
+    rss = None
+    if few and many:  # the slope, so that what a warm worker needs without rows does not count
+        rss = round((many.worker_rss_mib - few.worker_rss_mib) * (1 << 20) / (many.in_flight - few.in_flight))
     at_rest = max((found.rss_per_row_at_rest_bytes for found in waiting), default=None)
     most_rss = _PER_ROW_TIMES * waiting[0].row_bytes + _PER_ROW_FIXED if waiting else None
     worker_share = statistics.mean(many.rest_worker_share) if many else None

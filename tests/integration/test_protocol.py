@@ -15,6 +15,7 @@ from matrix_bus.bus import Bus, Lane, Message
 from matrix_bus.config import RoleConfig
 from matrix_bus.errors import EndpointGone, PublishRefused, RateLimited, Retry
 from matrix_bus.orchestrator import (
+    LEASE_ROLE,
     RowMessage,
     admit,
     advance,
@@ -34,6 +35,7 @@ from matrix_bus.worker.moves import Moves
 from tests.helpers import (
     all_outcomes,
     connected,
+    consumer,
     messages,
     submitted,
     unique,
@@ -290,3 +292,31 @@ async def test_a_handler_may_ask_to_be_called_again(bus: Bus) -> None:
         for outcome in await all_outcomes(bus, record):
             assert (outcome.kind, outcome.attempts, [e.type for e in outcome.errors]) == ("success", 4, ["Retry"] * 2)
             assert b'"path":["a","b"]' in bytes(outcome.state)
+
+
+async def test_an_expired_lease_of_a_row_that_is_here_is_not_looked_up(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up: list[int] = []
+    original = Moves.has_outcome
+
+    async def counting(self: Moves, n: int, generation: int) -> bool:
+        looked_up.append(n)
+        return await original(self, n, generation)
+
+    monkeypatch.setattr(Moves, "has_outcome", counting)
+
+    async def expired_twice() -> bool:
+        return bool((await consumer(bus, work_stream(record.id), LEASE_ROLE))["delivered"]["consumer_seq"] >= 3)
+
+    async def wait_for_two_expiries(row: Row[Trip]) -> Next:
+        await until(expired_twice, "two expiries of the lease", 15)
+        return to("b")
+
+    flow = trip(wait_for_two_expiries)
+    record = await submitted(bus, flow, rows(1), RunConfig(ack_wait_s=1.0))
+    async with working(bus.url, flow):
+        await until(lambda: looked_up, "the admission")
+        (outcome,) = await all_outcomes(bus, record)
+    assert (outcome.outcome, outcome.attempts) == ("success", 2)
+    assert looked_up == [0], "by the admission, and by no expiry"
