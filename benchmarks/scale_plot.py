@@ -46,17 +46,28 @@ def draw(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
                         label=", ".join([*words, *([kind] if kind else [])]),
                     )
             panel.set_xscale("log")
+            at = sorted({point[_ACROSS[name]] for point in points})
+            panel.set_xticks(at, [_short(value) for value in at])
+            panel.minorticks_off()
+            panel.margins(y=0.15)
             panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
             if column == 0:
                 panel.set_ylabel(label)
             if row == 0:
                 panel.set_title(name.replace("_", " "))
-            if panel.get_legend_handles_labels()[1] != [""]:
+            if any(panel.get_legend_handles_labels()[1]):
                 panel.legend(fontsize="small")
         panels[-1][column].set_xlabel(_ACROSS[name].replace("_", " "))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _short(value: int) -> str:
+    for unit, size in (("M", 1 << 20), ("k", 1 << 10), ("000", 1000)):
+        if value >= size and value % size == 0:
+            return f"{value // size}{unit}"
+    return str(value)
 
 
 def _lines(name: str, points: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
