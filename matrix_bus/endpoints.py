@@ -7,6 +7,7 @@ for two seconds is gone, by the clock of whoever listens.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator
 from hashlib import blake2b
@@ -51,7 +52,14 @@ class Replica(Struct, frozen=True, kw_only=True, omit_defaults=True):
     started_at: float = 0.0
 
 
-_decode = msgspec.json.Decoder(Replica)
+_decoder = msgspec.json.Decoder(Replica)
+
+
+def _decode(data: bytes) -> Replica | None:
+    try:
+        return _decoder.decode(data)
+    except msgspec.DecodeError:
+        return None  # withdrawn, or of a newer version
 
 
 def _model_key(model: str) -> str:
@@ -77,10 +85,11 @@ async def withdraw(bus: Bus, replica: Replica) -> None:
     await bus.publish(_key(replica), b"", {"KV-Operation": "DEL"})
 
 
-async def listing(bus: Bus) -> list[Replica]:
-    """The replicas that were heard of within the last seconds, by model. Raises `BusError`."""
+async def listing(bus: Bus, model: str | None = None) -> list[Replica]:
+    """The replicas of a model, or of all, that were heard of within the last seconds, by model. Raises `BusError`."""
+    subject = f"$KV.{BUCKET}.{_model_key(model) if model else '*'}.*"
     try:
-        found = [_decode.decode(message.data) async for message in bus.read(_STREAM) if message.data]
+        found = [replica async for message in bus.read(_STREAM, subject=subject) if (replica := _decode(message.data))]
     except NobodyListens:
         return []  # nobody ever served a model here
     return sorted(found, key=lambda replica: (replica.model, replica.url))
@@ -102,12 +111,9 @@ async def watch(bus: Bus, model: str) -> AsyncGenerator[Change, None]:
 
     async def hear(message: Msg) -> None:
         name = message.subject.rpartition(".")[2]
-        if message.data:
-            try:
-                heard[name] = (_decode.decode(message.data), time.monotonic())
-            except msgspec.DecodeError:
-                return  # of a newer version
-        else:
+        if replica := _decode(message.data):
+            heard[name] = (replica, time.monotonic())
+        elif not message.data:
             heard.pop(name, None)
         arrived.set()
 
@@ -115,6 +121,11 @@ async def watch(bus: Bus, model: str) -> AsyncGenerator[Change, None]:
     subscription = await bus.nc.subscribe(subject, cb=hear)
     before: dict[str, Replica] | None = None
     try:
+        # All that are there at once: whoever followed the heartbeats alone would give the first replica that is heard
+        # every call that waits. What is stored may be of a replica that died since, so it has less time to speak up.
+        with contextlib.suppress(BusError):  # the heartbeats will tell
+            for replica in await listing(bus, model):
+                heard.setdefault(replica.id, (replica, time.monotonic() - EXPIRES_S / 2))
         while True:
             now = time.monotonic()
             if not bus.connected or now - bus.reconnected_at < EXPIRES_S:

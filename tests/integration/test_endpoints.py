@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 import pytest
@@ -98,6 +99,21 @@ async def test_what_is_announced_is_listed_and_what_falls_silent_is_not(bus: Bus
     assert changes[-1].lost == {"http://a/v1"}
     await until(lambda: _listed(bus, model, 0), "its key to expire")
     following.cancel()
+
+
+async def test_whoever_begins_to_watch_is_told_of_all_replicas_at_once(bus: Bus) -> None:
+    model = unique("m")
+    beacon = Beacon(bus)
+    task = await beaming(bus, beacon)
+    for name in "abc":
+        beacon.show(Replica(id=name, model=model, url=f"http://{name}/v1"))
+    await until(lambda: _listed(bus, model, 3), "their keys")
+    for _ in range(5):  # at any moment between two heartbeats
+        async with contextlib.aclosing(endpoints.watch(bus, model)) as changes:
+            first = await anext(changes)
+        assert set(first.up) == {"http://a/v1", "http://b/v1", "http://c/v1"}
+        await asyncio.sleep(0.13)
+    task.cancel()
 
 
 def _capacities(change: Change) -> dict[str, float]:
