@@ -73,6 +73,13 @@ class Moves:
         except RowError:
             return None
 
+    async def is_current(self, delivery: Delivery, generation: int) -> bool:
+        """True if nobody has moved the row on from the delivery, be it to its end.
+
+        Being its newest message is not enough: when a row has ended, all that came after this one is gone again.
+        """
+        return await self.is_last(delivery) and not await self.has_outcome(delivery.n, generation)
+
     async def move(self, delivery: Delivery, message: Orchestrator, body: bytes, lease: str) -> bool:
         """Publishes the row's next message. True if it is stored, False if somebody else had moved the row on.
 
@@ -84,24 +91,10 @@ class Moves:
         headers[HEADER_LEASE] = lease
         if message.generation:
             headers[HEADER_GENERATION] = str(message.generation)
-        wait_s = FIRST_WAIT_S
-        while True:
-            try:
-                await self._bus.publish(subject, body, headers)
-            except PublishRefused as error:
-                if is_lost_race(error):
-                    if not await self.is_last(delivery) or await self.has_outcome(message.n, message.generation):
-                        return False
-                else:
-                    try:
-                        note_refusal(self._bus, error)
-                    except PublishRefused:
-                        raise RowError(f"the broker does not take the row's next message: {error}") from None
-            except (BusTimeout, BusUnavailable):
-                pass  # stored or not is unknown: the same bytes again, and the fence tells
-            else:
-                return True
-            wait_s = await pause(self._bus, wait_s)
+        try:
+            return await self._succeed(delivery, message.generation, subject, body, headers) != 0
+        except PublishRefused as error:
+            raise RowError(f"the broker does not take the row's next message: {error}") from None
 
     async def again(self, delivery: Delivery, crashes: int) -> int:
         """Publishes the hop itself once more, as if it had never been delivered, and acks this delivery.
@@ -111,26 +104,42 @@ class Moves:
         The new message counts its deliveries from one; `crashes` goes on counting those that ended with a worker.
         """
         subject = hop_subject(self._run, delivery.role, delivery.n, delivery.hop)
-        place = (delivery.n, delivery.generation, delivery.hop)
+        place = (delivery.n, delivery.generation, delivery.hop, "after", delivery.seq)
         headers = {
-            **self._bus.named(
-                fence(delivery.seq, family(self._run, delivery.n)), self._run, *place, "after", delivery.seq
-            ),
+            **self._bus.named(fence(delivery.seq, family(self._run, delivery.n)), self._run, *place),
             HEADER_LEASE: delivery.lease,
             HEADER_CRASHES: str(crashes),
             HEADER_GENERATION: str(delivery.generation),
         }
-        sequence = 0
-        while not sequence:
-            try:
-                sequence = (await patiently(self._bus, lambda: self._bus.publish(subject, delivery.data, headers))).seq
-            except PublishRefused as error:
-                if not is_lost_race(error):
-                    raise
-                if not await self.is_last(delivery):
-                    break
+        sequence = await self._succeed(delivery, delivery.generation, subject, delivery.data, headers)
         await self.ack(delivery)
         return sequence
+
+    async def _succeed(
+        self, delivery: Delivery, generation: int, subject: str, body: bytes, headers: dict[str, str]
+    ) -> int:
+        """Publishes what follows the delivery, fenced on it. Its sequence, or 0 if somebody had moved the row on.
+
+        Raises `PublishRefused` if the broker will never take it.
+        """
+        wait_s = FIRST_WAIT_S
+        doubt = False
+        while True:
+            # What was not confirmed may be stored, and the row may have ended since. Then its newer messages are gone,
+            # the delivery is its newest one once more, and the fence would let the same bytes pass a second time.
+            if doubt and not await self.is_current(delivery, generation):
+                return 0
+            try:
+                return (await self._bus.publish(subject, body, headers)).seq
+            except PublishRefused as error:
+                if not is_lost_race(error):
+                    note_refusal(self._bus, error)
+                elif not doubt:
+                    doubt = True
+                    continue
+            except (BusTimeout, BusUnavailable):
+                doubt = True
+            wait_s = await pause(self._bus, wait_s)
 
     async def outcome(self, delivery: Delivery, generation: int, body: bytes, lease: str) -> bool:
         """Publishes the outcome, then frees the row's lease, then the hop. False if the row had moved on.

@@ -37,11 +37,7 @@ class Ownership:
 
     async def needs_handler(self, delivery: Delivery, generation: int, lease: str) -> bool:
         """Whether a delivery that may have been handled before still needs a handler. If not, it is settled."""
-        if not await self._moves.is_last(delivery):
-            await self._moves.ack(delivery)
-            return False
-        if await self._moves.has_outcome(delivery.n, generation):
-            await self._moves.free(delivery, lease)
+        if not await self._is_current(delivery, generation, lease):
             return False
         while True:
             asked_at = time.monotonic()
@@ -52,10 +48,17 @@ class Ownership:
                 break
             await asyncio.sleep(OWNER_ANSWERS_WITHIN_S)
         # An owner that moved the row on between our look-up and our question has nothing left to answer for.
-        if await self._moves.is_last(delivery):
-            return True
-        await self._moves.ack(delivery)
-        return False
+        return await self._is_current(delivery, generation, lease)
+
+    async def _is_current(self, delivery: Delivery, generation: int, lease: str) -> bool:
+        """Whether the row still stands where the delivery says. If not, the delivery is settled."""
+        if not await self._moves.is_last(delivery):
+            await self._moves.ack(delivery)
+            return False
+        if await self._moves.has_outcome(delivery.n, generation):
+            await self._moves.free(delivery, lease)
+            return False
+        return True
 
     async def _has_owner(self, delivery: Delivery) -> bool:
         """True if a living worker has the hop: it has taken over the new ack subject."""

@@ -9,8 +9,9 @@ import pytest
 
 from matrix_bus import Next, Outcome, Row, RunConfig, success, to
 from matrix_bus.broker import Broker
-from matrix_bus.bus import Bus
-from matrix_bus.orchestrator import Orchestrator, advance, decode, encode, finish, outcome_stream, work_stream
+from matrix_bus.bus import Bus, PubAck
+from matrix_bus.errors import BusTimeout
+from matrix_bus.orchestrator import Orchestrator, advance, decode, encode, finish, hop_subject, outcome_stream, work_stream
 from matrix_bus.registry import RunRecord
 from matrix_bus.worker.delivery import Delivery
 from matrix_bus.worker.moves import Moves
@@ -77,6 +78,38 @@ async def test_a_zombie_that_publishes_another_next_role_after_a_restart(broker:
         assert await messages(bus, outcome_stream(record.id)) == 1
     assert (outcome.outcome, outcome.reason, outcome.hops) == ("success", "done", 2)
     assert called.calls == {"a": 1, "b": 1}
+
+
+async def test_a_confirmation_that_is_lost_while_others_take_the_row_to_its_end(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row's newer messages are gone by then, and the fence alone would set its last hops off once more."""
+    called = Called()
+    flow = trip(called.a, called.b)
+    record = await submitted(bus, flow, rows(1), QUICK)
+    moves, delivery, message = await zombie(bus, record)
+    publish = Bus.publish
+    lost: list[str] = []
+
+    async def unconfirmed(self: Bus, subject: str, body: bytes, headers: dict[str, str] | None = None) -> PubAck:
+        found = await publish(self, subject, body, headers)
+        if self is bus and not lost:
+            lost.append(subject)
+            await until(lambda: all_but(1), "the row to end", 10)
+            raise BusTimeout("the connection was lost")
+        return found
+
+    async def all_but(count: int) -> bool:
+        return await messages(bus, work_stream(record.id)) == count
+
+    monkeypatch.setattr(Bus, "publish", unconfirmed)
+    async with working(bus.url, flow):
+        following = advance(message, "b")
+        assert not await moves.move(delivery, following, encode(following), delivery.lease)
+        assert lost == [hop_subject(record.id, "b", 0, 2)]
+        await moves.ack(delivery)
+        await until(lambda: empty(bus, record), "the queue to be empty")
+    assert called.calls == {"b": 1}
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.005, 0.02, 0.1])
