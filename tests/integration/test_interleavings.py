@@ -11,7 +11,16 @@ from matrix_bus import Next, Outcome, Row, RunConfig, success, to
 from matrix_bus.broker import Broker
 from matrix_bus.bus import Bus, PubAck
 from matrix_bus.errors import BusTimeout
-from matrix_bus.orchestrator import Orchestrator, advance, decode, encode, finish, hop_subject, outcome_stream, work_stream
+from matrix_bus.orchestrator import (
+    Orchestrator,
+    advance,
+    decode,
+    encode,
+    finish,
+    hop_subject,
+    outcome_stream,
+    work_stream,
+)
 from matrix_bus.registry import RunRecord
 from matrix_bus.worker.delivery import Delivery
 from matrix_bus.worker.moves import Moves
