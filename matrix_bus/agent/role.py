@@ -16,6 +16,7 @@ from .row import Next, Outcome
 from .signature import wanted
 
 Mode = Literal["async", "thread", "process"]
+_DECISIONS = (Next, Outcome)  # not `Next | Outcome`, which would be made anew for every hop
 
 
 class Role:
@@ -65,7 +66,7 @@ class Role:
 
     def decided(self, result: Any, roles: Collection[str]) -> Next | Outcome:
         """What the handler returned, if it is a decision that holds among these `roles`; else `HandlerError`."""
-        if not isinstance(result, Next | Outcome):
+        if not isinstance(result, _DECISIONS):
             raise HandlerError(
                 f"role {self.name!r} returned {result!r:.100}: a handler returns to(role), success(), "
                 "filtered(reason) or failed(reason)"

@@ -179,7 +179,7 @@ class Workflow(Generic[S]):
         Raises `RowError`.
         """
         try:
-            if REF_MARK in state:
+            if b"$" in state and REF_MARK in state:  # the first is a tenth of the second, and seldom true
                 return msgspec.json.decode(state, type=self.state, dec_hook=decoding(store))
             return self._decoder.decode(state)
         except Exception as error:  # also what a struct's own __post_init__ raises

@@ -8,12 +8,13 @@ from .patience import FIRST_WAIT_S, note_refusal, patiently, pause
 from .pull import Lane
 from .server import without_password
 from .streams import create_bucket, create_stream
-from .wire import STREAM_NOT_FOUND, Message, PubAck, Stored, delivery_facts, fence, is_lost_race
+from .wire import STREAM_NOT_FOUND, Headers, Message, PubAck, Stored, delivery_facts, fence, fence_lines, is_lost_race
 
 __all__ = (
     "FIRST_WAIT_S",
     "STREAM_NOT_FOUND",
     "Bus",
+    "Headers",
     "Lane",
     "Message",
     "PubAck",
@@ -22,6 +23,7 @@ __all__ = (
     "create_stream",
     "delivery_facts",
     "fence",
+    "fence_lines",
     "is_lost_race",
     "note_refusal",
     "patiently",

@@ -8,16 +8,12 @@ import itertools
 import math
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ..errors import BusError, BusTimeout, BusUnavailable
 from ..telemetry import logger
 from .server import check_server, without_password
-from .wire import (
-    Message,
-    answer,
-    hpub,
-)
+from .wire import Headers, Message, answer, hpub
 
 if TYPE_CHECKING:  # it takes longer to import than all of ours, and `--help` needs none of it
     from nats.aio.client import Client
@@ -32,6 +28,7 @@ log = logger("bus")
 
 
 Reconnected = Callable[[], Awaitable[None]]
+T = TypeVar("T")
 
 
 class Connection:
@@ -49,6 +46,10 @@ class Connection:
         client._ps = self._receiver
         self.client_errors = (Error, OSError)
         """What the client library raises where the connection is gone."""
+        self.max_payload = 1 << 20
+        """Largest message that the broker takes, in bytes, headers included."""
+        self.clustered = False
+        """Whether the broker is one of several that keep copies for each other."""
         self.epoch = 0
         """Counts reconnects: what was pulled or heartbeated in an older epoch may be forgotten by the broker."""
         self.reconnected_at = -math.inf
@@ -59,7 +60,8 @@ class Connection:
         self._reconnected: list[Reconnected] = []
         self._inbox = client.new_inbox() + "."
         self._tokens = itertools.count()
-        self._waiting: dict[str, tuple[asyncio.Future[Message], float]] = {}
+        self._waiting: dict[str, tuple[asyncio.Future[Any], float, Callable[[str, Message], Any], str]] = {}
+        """By the last token of their inbox: who waits, until when, what reads the reply, and what was asked."""
         self._batches: dict[str, asyncio.Queue[Message | None]] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self._after_reconnect: asyncio.Task[None] | None = None
@@ -122,9 +124,15 @@ class Connection:
         return bus
 
     async def _open(self) -> None:
+        self._learn()
         await self.listen(self._inbox + "*", self._on_reply)
         self._sweeper = asyncio.create_task(self._sweep(), name="bus-timeouts")
         self._up.set()
+
+    def _learn(self) -> None:
+        """What the broker at the other end says of itself."""
+        self.max_payload = self.nc.max_payload
+        self.clustered = bool(self.nc._server_info.get("cluster"))
 
     async def close(self) -> None:
         """Flushes what was sent and ends the connection.
@@ -148,16 +156,6 @@ class Connection:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-    @property
-    def max_payload(self) -> int:
-        """Largest message that the broker takes, in bytes, headers included."""
-        return self.nc.max_payload
-
-    @property
-    def clustered(self) -> bool:
-        """Whether the broker is one of several that keep copies for each other."""
-        return bool(self.nc._server_info.get("cluster"))
 
     @property
     def connected(self) -> bool:
@@ -200,66 +198,79 @@ class Connection:
         self,
         subject: str,
         body: bytes = b"",
-        headers: dict[str, str] | None = None,
+        headers: Headers | None = None,
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> Message:
-        """One request, one reply. Raises `BusTimeout` if none comes, also when nobody listens."""
+        """One request, one reply. Raises `BusTimeout` if none comes, `NobodyListens` if nobody is there to answer."""
         if self._closing or not self._up.is_set():
             await self.wait_connected()
+        return await self.ask(subject, body, headers, answer, timeout_s)
+
+    def ask(
+        self,
+        subject: str,
+        body: bytes,
+        headers: Headers | None,
+        read: Callable[[str, Message], T],
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> asyncio.Future[T]:
+        """Sends a request at once; its future will have what `read` makes of (subject, reply), or raise what it raises.
+
+        It raises `BusTimeout` if none comes. Raises `BusUnavailable` once closed.
+        """
         token = str(next(self._tokens))
-        future: asyncio.Future[Message] = self._loop.create_future()
-        self._waiting[token] = (future, time.monotonic() + timeout_s)
-        try:
-            await self.send(subject, body, headers, reply=self._inbox + token)
-            return answer(subject, await future)
-        finally:
-            self._waiting.pop(token, None)
+        self.send(subject, body, headers, reply=self._inbox + token)
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._waiting[token] = (future, time.monotonic() + timeout_s, read, subject)
+        return future
 
-    async def send(self, subject: str, body: bytes, headers: dict[str, str] | None = None, reply: str = "") -> None:
-        """Hands a message to the connection, unconfirmed. Raises `BusError`."""
+    def send(self, subject: str, body: bytes, headers: Headers | None = None, reply: str = "") -> None:
+        """Hands a message to the connection, unconfirmed. Raises `BusUnavailable`."""
+        if len(body) > self.max_payload:
+            raise BusUnavailable(f"cannot send {subject}: {len(body)} bytes, the broker takes {self.max_payload}")
+        self.write(hpub(subject, reply, headers, body))
+
+    def write(self, commands: bytes) -> None:
+        """Hands over what `hpub` made, of as many messages as there are. Raises `BusUnavailable`.
+
+        As the library's `publish`, without three coroutines and a future for each message: while the broker is away
+        it is kept, and written when it is back. Nothing waits for the socket here, since what is under way is bounded
+        by those who wait for its confirmation.
+        """
         client = self.nc
-        try:
-            if not client.is_connected or len(body) > client._max_payload:  # the library knows what to say
-                await client.publish(subject, body, reply, headers)
-                return
-            if self._hand_over(hpub(subject, reply, headers, body)):
-                await client._flush_pending(force_flush=True)
-        except self.client_errors as error:
-            raise BusUnavailable(f"cannot send {subject}: {error or type(error).__name__}") from None
+        if client.is_closed:
+            raise BusUnavailable(f"cannot send: the connection to {self.url} was closed")
+        client._pending.append(commands)
+        client._pending_data_size += len(commands)
+        if (flusher := client._flush_queue) is not None and flusher.empty():
+            flusher.put_nowait(self._done)
 
-    async def write(self, commands: bytes) -> None:
-        """Hands over what `hpub` made, of as many messages as there are. Raises `BusError`."""
-        try:
-            if not self.nc.is_connected:
-                raise BusUnavailable("the connection is gone")
-            if self._hand_over(commands):
-                await self.nc._flush_pending(force_flush=True)
-        except self.client_errors as error:
-            raise BusUnavailable(f"cannot send: {error or type(error).__name__}") from None
+    async def room(self) -> None:
+        """Returns once the connection has written most of what it was handed. Raises `BusUnavailable`."""
+        client = self.nc
+        if client._pending_data_size > client._max_pending_size:
+            try:
+                await client._flush_pending(force_flush=True)
+            except self.client_errors as error:
+                raise BusUnavailable(f"cannot send: {error or type(error).__name__}") from None
 
     # --- inside -------------------------------------------------------------------------------------------------
 
-    def _hand_over(self, command: bytes) -> bool:
-        """As the library's `publish`, without three coroutines and a future for each message. True: wait for it."""
-        client = self.nc
-        client._pending.append(command)
-        client._pending_data_size += len(command)
-        if client._pending_data_size > client._max_pending_size:
-            return True
-        if (flusher := client._flush_queue) is not None and flusher.empty():
-            flusher.put_nowait(self._done)
-        return False
-
     def _on_reply(self, message: Message) -> None:
         token = message.subject[len(self._inbox) :]
-        waiting = self._waiting.get(token)
+        waiting = self._waiting.pop(token, None)
         if waiting is None:
             # A batched get's messages carry their stream subject in a header; their inbox is the subject here.
             if (queue := self._batches.get(token)) is not None:
                 queue.put_nowait(message)
             return
-        if not waiting[0].done():
-            waiting[0].set_result(message)
+        future, _, read, subject = waiting
+        if future.done():
+            return
+        try:
+            future.set_result(read(subject, message))
+        except Exception as error:
+            future.set_exception(error)
 
     async def _on_disconnect(self) -> None:
         was_up = self._up.is_set()
@@ -269,6 +280,7 @@ class Connection:
         self._fail_waiting("the connection was lost")
 
     async def _on_reconnect(self) -> None:
+        self._learn()
         self.epoch += 1
         self.reconnected_at = time.monotonic()
         self._up.set()
@@ -284,9 +296,10 @@ class Connection:
                 log.debug("bus.reconnect_callback_failed", error=str(error))
 
     def _fail_waiting(self, why: str) -> None:
-        for future, _ in self._waiting.values():
+        for future, *_ in self._waiting.values():
             if not future.done():
                 future.set_exception(BusTimeout(f"{why}; whether the broker has the message is unknown"))
+        self._waiting.clear()
         for queue in self._batches.values():
             queue.put_nowait(None)
 
@@ -295,6 +308,8 @@ class Connection:
         while True:
             await asyncio.sleep(_SWEEP_S)
             now = time.monotonic()
-            for future, deadline in list(self._waiting.values()):
-                if deadline < now and not future.done():
-                    future.set_exception(BusTimeout("the broker did not confirm in time"))
+            for token, (future, deadline, *_) in list(self._waiting.items()):
+                if deadline < now or future.done():  # done: who waited was cancelled
+                    del self._waiting[token]
+                    if not future.done():
+                        future.set_exception(BusTimeout("the broker did not confirm in time"))

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 import msgspec
 
 from ..errors import BusError, BusTimeout, NobodyListens, PublishRefused
 from .connection import CALL_TIMEOUT_S, Connection
-from .wire import NO_MESSAGE, Message, PubAck, Stored, confirmation, fence, get_reply, hpub, parse_headers, sequence_in
+from .wire import (
+    NO_MESSAGE,
+    Headers,
+    Message,
+    PubAck,
+    Stored,
+    confirmation,
+    fence,
+    get_reply,
+    parse_headers,
+    pub,
+    sequence_in,
+)
 
 _NEVER = (1 << 63) - 1
 """No message has this sequence."""
@@ -32,12 +43,23 @@ class Bus(Connection):
             headers["Nats-Msg-Id"] = ":".join(map(str, parts))
         return headers
 
-    async def publish(self, subject: str, body: bytes, headers: dict[str, str] | None = None) -> PubAck:
-        """Stores a message; returns when the broker has confirmed it.
+    def id_line(self, *parts: object) -> str:
+        """The same as a line, empty where the broker is alone."""
+        return f"Nats-Msg-Id: {':'.join(map(str, parts))}\r\n" if self.clustered else ""
 
-        Raises `PublishRefused` with the broker's code, or `BusTimeout` when it is unknown whether it is stored.
+    def publish(self, subject: str, body: bytes, headers: Headers | None = None) -> Awaitable[PubAck]:
+        """Stores a message, which is sent at once; awaited, it is the broker's confirmation.
+
+        Raises `PublishRefused` with the broker's code, or `BusTimeout` when it is unknown whether it is stored, or
+        `BusUnavailable`.
         """
-        return confirmation(subject, await self.call(subject, body, headers))
+        if self._closing or not self._up.is_set():
+            return self._publish_later(subject, body, headers)
+        return self.ask(subject, body, headers, confirmation)
+
+    async def _publish_later(self, subject: str, body: bytes, headers: Headers | None) -> PubAck:
+        await self.wait_connected()
+        return await self.ask(subject, body, headers, confirmation)
 
     async def begin_publish(
         self, subject: str, body: bytes, headers: dict[str, str], done: Callable[[BaseException | None], None]
@@ -46,27 +68,14 @@ class Bus(Connection):
 
         For many at once: it costs no task.
         """
-        if self._closing or not self._up.is_set():
-            await self.wait_connected()
-        token = str(next(self._tokens))
-        future: asyncio.Future[Message] = self._loop.create_future()
-        self._waiting[token] = (future, time.monotonic() + CALL_TIMEOUT_S)
-
-        def settle(replied: asyncio.Future[Message]) -> None:
-            self._waiting.pop(token, None)
-            try:
-                confirmation(subject, replied.result())
-            except Exception as error:
-                done(error)
-            else:
-                done(None)
-
-        future.add_done_callback(settle)
+        await self.wait_connected()
         try:
-            await self.send(subject, body, headers, reply=self._inbox + token)
+            await self.room()
+            future = self.ask(subject, body, headers, confirmation)
         except BusError as error:
-            if not future.done():
-                future.set_exception(error)
+            done(error)
+        else:
+            future.add_done_callback(lambda replied: done(replied.exception()))
 
     async def api(self, method: str, payload: Any = None, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
         """A call of JetStream's JSON API, such as `STREAM.INFO.name`.
@@ -137,7 +146,7 @@ class Bus(Connection):
         self._batches[token] = queue
         try:
             body = msgspec.json.encode(query)
-            await self.send(f"$JS.API.DIRECT.GET.{stream}", body, reply=self._inbox + token)
+            self.send(f"$JS.API.DIRECT.GET.{stream}", body, reply=self._inbox + token)
             while True:
                 try:
                     async with asyncio.timeout(CALL_TIMEOUT_S):
@@ -160,18 +169,18 @@ class Bus(Connection):
 
     # --- acks ---------------------------------------------------------------------------------------------------
 
-    async def ack(self, ack_subject: str) -> None:
-        """Acks without waiting: if it is lost the message comes again and is found to be done."""
-        await self.send(ack_subject, b"+ACK")
+    def ack(self, ack_subject: str) -> None:
+        """Acks without waiting: if it is lost the message comes again and is found to be done. Raises `BusError`."""
+        self.write(pub(ack_subject, "+ACK"))
 
     async def ack_confirmed(self, ack_subject: str) -> None:
         """Acks and waits for the broker's confirmation. Raises `BusTimeout`."""
         await self.call(ack_subject, b"+ACK", timeout_s=2.0)
 
-    async def working(self, ack_subjects: Iterable[str]) -> None:
+    def working(self, ack_subjects: Iterable[str]) -> None:
         """Heartbeats: these deliveries are still being worked on. Handed over at once. Raises `BusError`."""
-        await self.write(b"".join([hpub(subject, "", None, b"+WPI") for subject in ack_subjects]))
+        self.write(b"".join([pub(subject, "+WPI") for subject in ack_subjects]))
 
-    async def nak(self, ack_subject: str) -> None:
-        """Hands a delivery back for immediate redelivery."""
-        await self.send(ack_subject, b"-NAK")
+    def nak(self, ack_subject: str) -> None:
+        """Hands a delivery back for immediate redelivery. Raises `BusError`."""
+        self.write(pub(ack_subject, "-NAK"))

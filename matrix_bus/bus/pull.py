@@ -96,7 +96,7 @@ class Lane:
         self._low = self.outstanding // 2
         self._heard_at = time.monotonic()
         body = {"batch": count, "expires": int(EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
-        await self._bus.send(self._subject, msgspec.json.encode(body), reply=self._inbox)
+        self._bus.send(self._subject, msgspec.json.encode(body), reply=self._inbox)
 
     def _receive(self, message: Message) -> None:
         self._heard_at = time.monotonic()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
 _LONGEST_CONTROL_LINE = 4096
-_H = ord("H")
+_M, _H = b"MH"
 
 OnMessage = Callable[[Message], None]
 log = logger("bus")
@@ -60,7 +60,7 @@ class Receiver(Parser):
                     raise ProtocolError("nats: a control line without an end")
                 break
             first = whole[at]
-            if first not in b"MH":
+            if first != _M and first != _H:  # noqa: PLR1714 - twice a hop: it takes a third of the time
                 await self._control(whole[at:end])
                 at = end + 2
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -17,6 +18,10 @@ STREAM_NOT_FOUND = 10059
 STREAM_MADE_OTHERWISE = 10058
 TOO_FEW_SERVERS = (10074, 10005)
 """No cluster at all; a cluster without enough servers for the copies."""
+
+
+Headers = Mapping[str, str] | str
+"""Of a message: by name, or the lines as they travel, each with its end."""
 
 
 class PubAck(Struct):
@@ -56,16 +61,22 @@ class Message:
 
     def header(self, name: str) -> str:
         """One of them, without parsing the others; empty if it is not there. Names are as they were written."""
-        start = self._raw.find(f"\r\n{name}:".encode())
+        mark = _mark(name)
+        start = self._raw.find(mark)
         if start < 0:
             return ""
-        start += len(name) + 3
+        start += len(mark)
         return self._raw[start : self._raw.find(b"\r\n", start)].decode().strip()
 
     @property
     def has_headers(self) -> bool:
         """Whether there are any."""
         return bool(self._raw)
+
+
+@functools.cache
+def _mark(name: str) -> bytes:
+    return f"\r\n{name}:".encode()
 
 
 class ApiError(Struct):
@@ -111,15 +122,20 @@ def confirmation(subject: str, reply: Message) -> PubAck:
     return PubAck(found.seq, found.duplicate)
 
 
+_EXPECTED = "Nats-Expected-Last-Subject-Sequence"
+
+
 def fence(last: int, on: str = "") -> dict[str, str]:
     """Headers with which a message is stored only if `last` is the sequence of its subject's last message, 0 for none.
 
     With `on`, of the last message on that subject of the stream, wildcards allowed.
     """
-    headers = {"Nats-Expected-Last-Subject-Sequence": str(last)}
-    if on:
-        headers["Nats-Expected-Last-Subject-Sequence-Subject"] = on
-    return headers
+    return {_EXPECTED: str(last), **({f"{_EXPECTED}-Subject": on} if on else {})}
+
+
+def fence_lines(last: int, on: str) -> str:
+    """The same as lines, where the difference counts."""
+    return f"{_EXPECTED}: {last}\r\n{_EXPECTED}-Subject: {on}\r\n"
 
 
 def is_lost_race(error: PublishRefused) -> bool:
@@ -149,11 +165,19 @@ def parse_headers(raw: bytes) -> dict[str, str]:
     return found
 
 
-def hpub(subject: str, reply: str, headers: Mapping[str, str] | None, body: bytes) -> bytes:
+def pub(subject: str, text: str) -> bytes:
+    """The command that publishes a short text without headers and reply, such as an ack."""
+    return f"PUB {subject} {len(text)}\r\n{text}\r\n".encode()
+
+
+def hpub(subject: str, reply: str, headers: Headers | None, body: bytes) -> bytes:
     """The command that publishes a message. Names and values must hold no line ends: they are ours alone."""
     if not headers:
         return b"".join((f"PUB {subject} {reply} {len(body)}\r\n".encode(), body, b"\r\n"))
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    head = f"NATS/1.0\r\n{lines}\r\n".encode()
-    command = f"HPUB {subject} {reply} {len(head)} {len(head) + len(body)}\r\n".encode()
-    return b"".join((command, head, body, b"\r\n"))
+    if not isinstance(headers, str):
+        headers = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    size = len(headers) + len("NATS/1.0\r\n\r\n")
+    if not headers.isascii():
+        size += len(headers.encode()) - len(headers)
+    head = f"HPUB {subject} {reply} {size} {size + len(body)}\r\nNATS/1.0\r\n{headers}\r\n".encode()
+    return b"".join((head, body, b"\r\n"))

@@ -83,7 +83,7 @@ def worker(
             # thresholds a quarter of a busy worker's time goes into looking for cycles among them.
             gc.collect()
             gc.freeze()
-            gc.set_threshold(10_000, 10, 10)
+            gc.set_threshold(50_000, 10, 10)
             await serving.run()
             for number in (signal.SIGTERM, signal.SIGINT):  # everything is handed back: one more changes nothing
                 loop.remove_signal_handler(number)

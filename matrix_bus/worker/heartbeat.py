@@ -55,7 +55,7 @@ class Wheel:
             try:
                 # In one write, so that none is settled between two of them: a NAK must be the last word.
                 if spoke := self._spokes[self._at]:
-                    await self._bus.working([delivery.ack_subject for delivery in spoke])
+                    self._bus.working([delivery.ack_subject for delivery in spoke])
                 now = time.monotonic()
                 for delivery in spoke:
                     delivery.beat_at = now

@@ -7,7 +7,7 @@ ack is sent only after what makes the message unnecessary is stored.
 
 from __future__ import annotations
 
-from ..bus import FIRST_WAIT_S, Bus, fence, is_lost_race, note_refusal, patiently, pause
+from ..bus import FIRST_WAIT_S, Bus, Headers, fence, fence_lines, is_lost_race, note_refusal, patiently, pause
 from ..errors import BusError, BusTimeout, BusUnavailable, PublishRefused, RowError
 from ..metrics import DEAD_LETTERS
 from ..orchestrator import (
@@ -86,15 +86,18 @@ class Moves:
         Raises `RowError` if the broker will never take it.
         """
         subject = hop_subject(self._run, message.role, message.n, message.hop)
-        place = (message.n, message.generation, message.hop, message.attempt)
-        headers = self._bus.named(fence(delivery.seq, family(self._run, message.n)), self._run, *place)
-        headers[HEADER_LEASE] = lease
+        headers = fence_lines(delivery.seq, family(self._run, message.n)) + f"{HEADER_LEASE}: {lease}\r\n"
         if message.generation:
-            headers[HEADER_GENERATION] = str(message.generation)
+            headers += f"{HEADER_GENERATION}: {message.generation}\r\n"
+        headers += self._bus.id_line(self._run, message.n, message.generation, message.hop, message.attempt)
         try:
-            return await self._succeed(delivery, message.generation, subject, body, headers) != 0
-        except PublishRefused as error:
-            raise RowError(f"the broker does not take the row's next message: {error}") from None
+            await self._bus.publish(subject, body, headers)
+        except (PublishRefused, BusTimeout, BusUnavailable) as error:
+            try:
+                return await self._insist(delivery, message.generation, subject, body, headers, error) != 0
+            except PublishRefused as refused:
+                raise RowError(f"the broker does not take the row's next message: {refused}") from None
+        return True
 
     async def again(self, delivery: Delivery, crashes: int) -> int:
         """Publishes the hop itself once more, as if it had never been delivered, and acks this delivery.
@@ -111,34 +114,38 @@ class Moves:
             HEADER_CRASHES: str(crashes),
             HEADER_GENERATION: str(delivery.generation),
         }
-        sequence = await self._succeed(delivery, delivery.generation, subject, delivery.data, headers)
-        await self.ack(delivery)
+        try:
+            sequence = (await self._bus.publish(subject, delivery.data, headers)).seq
+        except (PublishRefused, BusTimeout, BusUnavailable) as error:
+            sequence = await self._insist(delivery, delivery.generation, subject, delivery.data, headers, error)
+        self.ack(delivery)
         return sequence
 
-    async def _succeed(
-        self, delivery: Delivery, generation: int, subject: str, body: bytes, headers: dict[str, str]
+    async def _insist(
+        self,
+        delivery: Delivery,
+        generation: int,
+        subject: str,
+        body: bytes,
+        headers: Headers,
+        error: PublishRefused | BusTimeout | BusUnavailable,
     ) -> int:
-        """Publishes what follows the delivery, fenced on it. Its sequence, or 0 if somebody had moved the row on.
+        """Publishes again what follows the delivery, fenced on it, after a first try has met with `error`.
 
-        Raises `PublishRefused` if the broker will never take it.
+        Returns its sequence, or 0 if the row has moved on. Raises `PublishRefused` if the broker will never take it.
         """
         wait_s = FIRST_WAIT_S
-        doubt = False
         while True:
+            if isinstance(error, PublishRefused) and not is_lost_race(error):
+                note_refusal(self._bus, error)
             # What was not confirmed may be stored, and the row may have ended since. Then its newer messages are gone,
             # the delivery is its newest one once more, and the fence would let the same bytes pass a second time.
-            if doubt and not await self.is_current(delivery, generation):
+            if not await self.is_current(delivery, generation):
                 return 0
             try:
                 return (await self._bus.publish(subject, body, headers)).seq
-            except PublishRefused as error:
-                if not is_lost_race(error):
-                    note_refusal(self._bus, error)
-                elif not doubt:
-                    doubt = True
-                    continue
-            except (BusTimeout, BusUnavailable):
-                doubt = True
+            except (PublishRefused, BusTimeout, BusUnavailable) as another:
+                error = another
             wait_s = await pause(self._bus, wait_s)
 
     async def outcome(self, delivery: Delivery, generation: int, body: bytes, lease: str) -> bool:
@@ -147,7 +154,7 @@ class Moves:
         `lease` is empty where the delivery is itself the row message.
         """
         if not await self.is_last(delivery):
-            await self._bus.ack(delivery.ack_subject)
+            self._bus.ack(delivery.ack_subject)
             return False
         subject = outcome_subject(self._run, delivery.n, generation)
         headers = self._bus.named(fence(0), self._run, delivery.n, generation, -1)
@@ -177,7 +184,7 @@ class Moves:
         would find the row message to be the row's last one, and set the row off once more.
         """
         if await self._end_lease(lease or delivery.ack_subject, delivery.n) and lease:
-            await self._bus.ack(delivery.ack_subject)
+            self._bus.ack(delivery.ack_subject)
 
     async def _end_lease(self, ack_subject: str, n: int) -> bool:
         """True once the row message is gone; False if the broker has forgotten the lease: it delivers the row again."""
@@ -194,9 +201,9 @@ class Moves:
         log.info("worker.lease_unconfirmed", ack_subject=ack_subject)
         return False
 
-    async def ack(self, delivery: Delivery) -> None:
+    def ack(self, delivery: Delivery) -> None:
         """Acks a hop after the row has moved on. If the ack is lost, the hop comes again and is found to be old."""
-        await self._bus.ack(delivery.ack_subject)
+        self._bus.ack(delivery.ack_subject)
 
     async def dead_letter(self, delivery: Delivery, subject: str, reason: str) -> None:
         """Stores unreadable bytes, with the reason, where a person can look at them."""

@@ -14,6 +14,7 @@ from ..bus import Bus
 from ..errors import PublishRefused, RowError
 from ..llm import read_segment, segment_body, with_segment
 from ..orchestrator import (
+    REF_MARK,
     Orchestrator,
     OutcomeRecord,
     RowMessage,
@@ -49,13 +50,15 @@ class Offload:
         """Largest body of a message."""
         return self._bus.max_payload - HEADROOM_BYTES
 
+    def fits(self, body: bytes) -> bool:
+        """Whether a message's bytes may travel as they are."""
+        return len(body) <= self._above and len(body) <= self.limit_bytes
+
     async def pack(self, message: Orchestrator) -> bytes:
-        """The message's bytes. Raises `RowError` if there is no way to make it fit."""
+        """The bytes of a message that does not fit. Raises `RowError` if there is no way to make it fit."""
         limit = self.limit_bytes
+        await self._lighten(message)
         body = encode(message)
-        if len(body) > min(self._above, limit):
-            await self._lighten(message)
-            body = encode(message)
         if len(body) > limit:
             message.state = await self._out(message.state)
             body = encode(message)
@@ -76,6 +79,10 @@ class Offload:
         except (RowError, PublishRefused) as error:  # a store that is gone must not cost the outcome
             log.warning("worker.not_offloaded", error=str(error))
         return encode_fitting(finish(), limit)
+
+    def is_packed(self, message: Orchestrator, role: Role) -> bool:
+        """Whether a handler of `role` has to wait for `unpack`."""
+        return message.state.startswith(REF_MARK) or role.mode != "async"
 
     async def unpack(self, message: Orchestrator, role: Role) -> None:
         """Makes the state ready for a handler of `role`. Raises `RowError` if a value is lost."""

@@ -53,7 +53,7 @@ class Ownership:
     async def _is_current(self, delivery: Delivery, generation: int, lease: str) -> bool:
         """Whether the row still stands where the delivery says. If not, the delivery is settled."""
         if not await self._moves.is_last(delivery):
-            await self._moves.ack(delivery)
+            self._moves.ack(delivery)
             return False
         if await self._moves.has_outcome(delivery.n, generation):
             await self._moves.free(delivery, lease)
@@ -76,4 +76,4 @@ class Ownership:
         if held is not None and held.running:
             held.ack_subject = query["ack"]
             held.beat_at = time.monotonic()
-            await self._bus.send(message.reply, b"mine")
+            self._bus.send(message.reply, b"mine")

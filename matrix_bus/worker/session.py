@@ -24,6 +24,7 @@ from ..orchestrator import (
     advance,
     decode,
     decode_row,
+    encode,
     finish,
     hop_subject,
     retry,
@@ -222,7 +223,7 @@ class Session:
                     async with asyncio.timeout(_GIVE_BACK_S):
                         await self._moves.again(delivery, delivery.noted)
                 else:
-                    await self._bus.nak(delivery.ack_subject)
+                    self._bus.nak(delivery.ack_subject)
 
     # --- rows ---------------------------------------------------------------------------------------------------
 
@@ -241,7 +242,9 @@ class Session:
         message = admit(row, self.record.id, delivery.n, start, b"", now)
         try:
             message.state = encode_state(self.flow.begin(await self._offload.line(row)))
-            body = await self._offload.pack(message)
+            body = encode(message)
+            if not self._offload.fits(body):
+                body = await self._offload.pack(message)
         except RowError as error:
             message.hop = 0
             await self._fail(delivery, message, error, "")
@@ -273,7 +276,8 @@ class Session:
                 return
         try:
             limits.check(message, self.record.config.limits, time.time())
-            await self._offload.unpack(message, self.flow.roles[delivery.role])
+            if self._offload.is_packed(message, role := self.flow.roles[delivery.role]):
+                await self._offload.unpack(message, role)
         except (RowError, LimitReached) as error:
             await self._fail(delivery, message, error, lease)
             return
@@ -303,11 +307,14 @@ class Session:
     ) -> None:
         """Moves the row on, be it to the next role or to the same one again; a row that cannot travel fails."""
         try:
-            await self._moves.move(delivery, following, await self._offload.pack(following), lease)
+            body = encode(following)
+            if not self._offload.fits(body):
+                body = await self._offload.pack(following)
+            await self._moves.move(delivery, following, body, lease)
         except RowError as error:
             await self._fail(delivery, message, error, lease)
             return
-        await self._moves.ack(delivery)
+        self._moves.ack(delivery)
         self._served[delivery.role].stats.settled[how] += 1
 
     async def _after_error(self, delivery: Delivery, message: Orchestrator, error: Exception, lease: str) -> None:

@@ -157,7 +157,7 @@ async def test_a_call_made_in_an_outage_waits_for_the_broker(broker: Broker) -> 
         await work_stream_of(bus, "t")
         broker.kill()
         await until(lambda: not bus.connected, "the disconnect")
-        waiting = asyncio.create_task(bus.publish("t", b"x"))
+        waiting = asyncio.ensure_future(bus.publish("t", b"x"))
         broker.start()
         assert (await asyncio.wait_for(waiting, 10)).seq == 1
 

@@ -78,7 +78,7 @@ async def test_a_zombie_that_publishes_another_next_role_after_a_restart(broker:
                 await until(lambda: empty(bus, record), "the row to end")
             other = advance(message, "a")  # it had answered "a", the other worker "b"
             assert not await moves.move(delivery, other, encode(other), delivery.lease)
-            await moves.ack(delivery)
+            moves.ack(delivery)
             gate.set()
             (outcome,) = await all_outcomes(bus, record)
             await until(lambda: empty(bus, record), "the queue to be empty")
@@ -116,7 +116,7 @@ async def test_a_confirmation_that_is_lost_while_others_take_the_row_to_its_end(
         following = advance(message, "b")
         assert not await moves.move(delivery, following, encode(following), delivery.lease)
         assert lost == [hop_subject(record.id, "b", 0, 2)]
-        await moves.ack(delivery)
+        moves.ack(delivery)
         await until(lambda: empty(bus, record), "the queue to be empty")
     assert called.calls == {"b": 1}
 

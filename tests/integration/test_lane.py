@@ -191,12 +191,12 @@ async def test_ack_nak_and_working_do_what_they_say(bus: Bus) -> None:
     reply = {message.data: message.reply for message in inbox.got}
     await bus.ack_confirmed(reply[b"confirmed"])
     assert await messages(bus, stream) == 4
-    await bus.ack(reply[b"acked"])
-    await bus.nak(reply[b"nacked"])
+    bus.ack(reply[b"acked"])
+    bus.nak(reply[b"nacked"])
     await until(lambda: inbox.deliveries(b"nacked") == [1, 2], "the redelivery, at once", 0.9)
 
     async def silent_again() -> bool:
-        await bus.working([reply[b"beaten"]])
+        bus.working([reply[b"beaten"]])
         return len(inbox.deliveries(b"silent")) == 3
 
     await until(silent_again, "two redeliveries of what nobody works on")

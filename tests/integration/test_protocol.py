@@ -103,7 +103,7 @@ async def test_a_publish_whose_confirmation_was_lost_is_advanced(bus: Bus) -> No
     assert await moves.move(delivery, following, encode(following), lease)
     again = await asyncio.wait_for(moves.move(delivery, following, encode(following), lease), 5)
     assert again is False
-    await moves.ack(delivery)
+    moves.ack(delivery)
     async with working(bus.url, flow):
         (outcome,) = await all_outcomes(bus, record)
     assert (outcome.outcome, outcome.hops) == ("success", 2)
@@ -140,7 +140,7 @@ async def test_a_stale_redelivery_is_acked_without_a_call(bus: Bus) -> None:
     moves, delivery = await admitted(bus, record)
     following = advance(decode(delivery.data), "b")
     assert await moves.move(delivery, following, encode(following), delivery.lease)
-    await bus.nak(delivery.ack_subject)  # the worker died here, before its ack
+    bus.nak(delivery.ack_subject)  # the worker died here, before its ack
     async with working(bus.url, flow):
         (outcome,) = await all_outcomes(bus, record)
         await until(partial(_is_empty, bus, record), "the queue to be empty")

@@ -255,7 +255,7 @@ class FakeBus:
         self.enough = asyncio.Event()
         self.wanted = 0
 
-    async def working(self, ack_subjects: Iterable[str]) -> None:
+    def working(self, ack_subjects: Iterable[str]) -> None:
         if self.failing:
             self.failing -= 1
             raise BusUnavailable("away")
@@ -387,9 +387,9 @@ async def test_the_heartbeats_of_a_turn_are_one_write() -> None:
     class Counting(FakeBus):
         writes = 0
 
-        async def working(self, ack_subjects: Iterable[str]) -> None:
+        def working(self, ack_subjects: Iterable[str]) -> None:
             self.writes += 1
-            await super().working(ack_subjects)
+            super().working(ack_subjects)
 
     bus = Counting()
     turned = Wheel(cast(Bus, bus), ACK_WAIT_S)
