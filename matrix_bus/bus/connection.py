@@ -40,10 +40,13 @@ class Connection:
         from nats.errors import Error
 
         from .receiving import Receiver
+        from .transport import SocketTransport
 
         self.nc = client
         self._receiver: Receiver = Receiver(client)
         client._ps = self._receiver
+        if "ws://" not in url and "wss://" not in url:
+            client._transport = SocketTransport()
         self.client_errors = (Error, OSError)
         """What the client library raises where the connection is gone."""
         self.max_payload = 1 << 20
