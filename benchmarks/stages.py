@@ -25,9 +25,9 @@ from nats.aio.client import Client
 from benchmarks.workload import RUN_SEED, flow, line, sizes
 from matrix_bus import Row
 from matrix_bus.agent import encode_state
-from matrix_bus.bus import Message, fence
+from matrix_bus.bus import Message, fence, fence_lines
 from matrix_bus.bus.receiving import Receiver
-from matrix_bus.bus.wire import confirmation, hpub
+from matrix_bus.bus.wire import confirmation, hpub, pub
 from matrix_bus.orchestrator import (
     HEADER_LEASE,
     RowMessage,
@@ -66,7 +66,7 @@ def stages() -> dict[str, Stage]:
     body = _message()
     subject = hop_subject(_RUN, "solver", 0, 5)
     headers = {**fence(4242, family(_RUN, 0)), HEADER_LEASE: _LEASE}
-    delivered = hpub(subject, _ACK, headers, body).replace(
+    delivered = b"".join(hpub(subject, _ACK, headers, body)).replace(
         b"HPUB " + subject.encode(), b"HMSG " + subject.encode() + b" 1"
     )
     confirmed = b"MSG _INBOX.x.1 1 %d\r\n%b\r\n" % (len(_PUBACK), _PUBACK)
@@ -84,7 +84,7 @@ def stages() -> dict[str, Stage]:
             await its.parse(whole[at : at + _READ_BYTES])
 
     async def receive(count: int) -> None:
-        await parse(delivered, count, lambda message: Delivery(message, 0))
+        await parse(delivered, count, lambda message: Delivery(message, 0, 0.0))
 
     async def decoding(count: int) -> None:
         for _ in range(count):
@@ -107,8 +107,7 @@ def stages() -> dict[str, Stage]:
 
     async def publish(count: int) -> None:
         for n in range(count):
-            its = fence(n, family(_RUN, n))
-            its[HEADER_LEASE] = _LEASE
+            its = fence_lines(n, family(_RUN, n)) + f"{HEADER_LEASE}: {_LEASE}\r\n"
             hpub(hop_subject(_RUN, "extractor", n, 6), "_INBOX.x.1", its, body)
 
     async def puback(count: int) -> None:
@@ -116,7 +115,7 @@ def stages() -> dict[str, Stage]:
 
     async def ack(count: int) -> None:
         for _ in range(count):
-            hpub(_ACK, "", None, b"+ACK")
+            pub(_ACK, "+ACK")
 
     async def wake(count: int) -> None:
         loop = asyncio.get_running_loop()

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ..errors import BusError, BusTimeout, BusUnavailable
@@ -233,8 +233,8 @@ class Connection:
             raise BusUnavailable(f"cannot send {subject}: {len(body)} bytes, the broker takes {self.max_payload}")
         self.write(hpub(subject, reply, headers, body))
 
-    def write(self, commands: bytes) -> None:
-        """Hands over what `hpub` made, of as many messages as there are. Raises `BusUnavailable`.
+    def write(self, commands: Sequence[bytes]) -> None:
+        """Hands over what `hpub` and `pub` made, of as many messages as there are, at once. Raises `BusUnavailable`.
 
         As the library's `publish`, without three coroutines and a future for each message: while the broker is away
         it is kept, and written when it is back. Nothing waits for the socket here, since what is under way is bounded
@@ -243,8 +243,8 @@ class Connection:
         client = self.nc
         if client.is_closed:
             raise BusUnavailable(f"cannot send: the connection to {self.url} was closed")
-        client._pending.append(commands)
-        client._pending_data_size += len(commands)
+        client._pending += commands
+        client._pending_data_size += sum(map(len, commands))
         if (flusher := client._flush_queue) is not None and flusher.empty():
             flusher.put_nowait(self._done)
 

@@ -171,7 +171,7 @@ class Bus(Connection):
 
     def ack(self, ack_subject: str) -> None:
         """Acks without waiting: if it is lost the message comes again and is found to be done. Raises `BusError`."""
-        self.write(pub(ack_subject, "+ACK"))
+        self.write((pub(ack_subject, "+ACK"),))
 
     async def ack_confirmed(self, ack_subject: str) -> None:
         """Acks and waits for the broker's confirmation. Raises `BusTimeout`."""
@@ -179,8 +179,8 @@ class Bus(Connection):
 
     def working(self, ack_subjects: Iterable[str]) -> None:
         """Heartbeats: these deliveries are still being worked on. Handed over at once. Raises `BusError`."""
-        self.write(b"".join([pub(subject, "+WPI") for subject in ack_subjects]))
+        self.write((b"".join([pub(subject, "+WPI") for subject in ack_subjects]),))
 
     def nak(self, ack_subject: str) -> None:
         """Hands a delivery back for immediate redelivery. Raises `BusError`."""
-        self.write(pub(ack_subject, "-NAK"))
+        self.write((pub(ack_subject, "-NAK"),))

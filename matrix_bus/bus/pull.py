@@ -100,11 +100,11 @@ class Lane:
 
     def _receive(self, message: Message) -> None:
         self._heard_at = time.monotonic()
-        if not message.data and "Status" in message.headers:
+        if not message.body and "Status" in message.headers:
             self._status(message.headers)
             return
         self.outstanding = max(0, self.outstanding - 1)
-        self._mean_bytes += _SMOOTHING * (len(message.data) + _BESIDE_BYTES - self._mean_bytes)
+        self._mean_bytes += _SMOOTHING * (len(message.body) + _BESIDE_BYTES - self._mean_bytes)
         self._on_message(message)
         if self.outstanding in (self._low, 0):
             self._on_low()

@@ -52,7 +52,7 @@ class Receiver(Parser):
             return
         connection = self._connection
         whole = b"".join(self._chunks) if len(self._chunks) > 1 else data
-        at, size, needed = 0, len(whole), 0
+        at, size, needed, view = 0, len(whole), 0, memoryview(whole)
         while True:
             end = whole.find(b"\r\n", at)
             if end < 0:
@@ -81,7 +81,7 @@ class Receiver(Parser):
                 await self.nc._process_msg(sid, words[1], reply, whole[body + head : stop], headers or None)
             else:
                 try:
-                    target(Message(words[1].decode(), reply.decode(), whole[body + head : stop], headers))
+                    target(Message(words[1].decode(), reply.decode(), view[body + head : stop], headers))
                 except Exception:  # it is ours, and must not end the reading
                     log.exception("bus.receiver_raised", subject=words[1].decode("utf-8", "replace"))
             at = stop + 2

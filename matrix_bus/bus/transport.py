@@ -29,6 +29,7 @@ class SocketTransport(Transport):
 
     async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
         """Raises `OSError`, `TimeoutError`."""
+        assert uri.hostname is not None and uri.port is not None  # the library fills in the default port
         loop = asyncio.get_running_loop()
         link = _Link(loop)
         async with asyncio.timeout(connect_timeout):

@@ -43,14 +43,20 @@ class Stored(Struct):
 class Message:
     """A message that was delivered to this process."""
 
-    __slots__ = ("_headers", "_raw", "data", "reply", "subject")
+    __slots__ = ("_headers", "_raw", "body", "reply", "subject")
 
-    def __init__(self, subject: str, reply: str, data: bytes, raw_headers: bytes = b"") -> None:
+    def __init__(self, subject: str, reply: str, body: bytes | memoryview, raw_headers: bytes = b"") -> None:
         self.subject = subject
         self.reply = reply
-        self.data = data
+        self.body = body
+        """Where it was read to, together with what came beside it: for whoever decodes it soon, and then lets go."""
         self._raw = raw_headers
         self._headers: dict[str, str] | None = None
+
+    @property
+    def data(self) -> bytes:
+        """A copy of the body, to keep."""
+        return bytes(self.body)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -170,14 +176,15 @@ def pub(subject: str, text: str) -> bytes:
     return f"PUB {subject} {len(text)}\r\n{text}\r\n".encode()
 
 
-def hpub(subject: str, reply: str, headers: Headers | None, body: bytes) -> bytes:
-    """The command that publishes a message. Names and values must hold no line ends: they are ours alone."""
+def hpub(subject: str, reply: str, headers: Headers | None, body: bytes) -> tuple[bytes, bytes, bytes]:
+    """The command that publishes a message, in parts: to join them would be to copy the body.
+
+    Names and values of headers must hold no line ends: they are ours alone.
+    """
     if not headers:
-        return b"".join((f"PUB {subject} {reply} {len(body)}\r\n".encode(), body, b"\r\n"))
+        return f"PUB {subject} {reply} {len(body)}\r\n".encode(), body, b"\r\n"
     if not isinstance(headers, str):
         headers = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    size = len(headers) + len("NATS/1.0\r\n\r\n")
-    if not headers.isascii():
-        size += len(headers.encode()) - len(headers)
-    head = f"HPUB {subject} {reply} {size} {size + len(body)}\r\nNATS/1.0\r\n{headers}\r\n".encode()
-    return b"".join((head, body, b"\r\n"))
+    size = len("NATS/1.0\r\n\r\n") + (len(headers) if headers.isascii() else len(headers.encode()))
+    head = f"HPUB {subject} {reply} {size} {size + len(body)}\r\nNATS/1.0\r\n{headers}\r\n"
+    return head.encode(), body, b"\r\n"

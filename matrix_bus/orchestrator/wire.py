@@ -198,7 +198,7 @@ def encode(message: Orchestrator | RowMessage | OutcomeRecord) -> bytes:
     return _pack.encode(message) if isinstance(message, Orchestrator) else _to_json.encode(message)
 
 
-def decode(body: bytes) -> Orchestrator:
+def decode(body: bytes | memoryview) -> Orchestrator:
     """A hop's message. Raises `RowError` if it is not one, or of a newer schema."""
     try:
         message = _unpack.decode(body)
@@ -208,7 +208,7 @@ def decode(body: bytes) -> Orchestrator:
     return message
 
 
-def decode_row(body: bytes) -> RowMessage:
+def decode_row(body: bytes | memoryview) -> RowMessage:
     """A row message. Raises `RowError` if it is not one, or of a newer schema."""
     try:
         message = _row_from_json.decode(body)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 from ..bus import Message, delivery_facts
 from ..orchestrator import HEADER_CRASHES, HEADER_GENERATION, HEADER_LEASE
@@ -16,7 +15,7 @@ class Delivery:
     __slots__ = (
         "ack_subject",
         "beat_at",
-        "data",
+        "body",
         "deadline",
         "deliveries",
         "generation",
@@ -38,11 +37,12 @@ class Delivery:
     share: Share
     """Of whose slots it takes one."""
 
-    def __init__(self, message: Message, old_until: int) -> None:
+    def __init__(self, message: Message, old_until: int, now: float) -> None:
+        """`now` is on the monotonic clock."""
         _, _, self.role, n, hop = message.subject.split(".")
         self.n = int(n)
         self.hop = int(hop)
-        self.data = message.data
+        self.body = message.body
         self.lease = message.header(HEADER_LEASE)
         """Ack subject of the row message; empty if this is the row message."""
         self.generation = int(message.header(HEADER_GENERATION) or 0)
@@ -56,7 +56,7 @@ class Delivery:
         """Crashes of workers that were noted of this hop when it was suspected last."""
         self.running = False
         """True while the handler is at work: then this process owns the hop."""
-        self.beat_at = time.monotonic()
+        self.beat_at = now
         self.spoke = 0
         self.deadline = 0.0
         """On the monotonic clock, while a handler is at work."""
@@ -64,7 +64,14 @@ class Delivery:
     def forget_body(self) -> None:
         """Frees the bytes once they are decoded, where nobody will need to publish them again."""
         if self.deliveries == 1 and not self.noted:
-            self.data = b""
+            self.body = b""
+        else:
+            self.body = bytes(self.body)  # without what was read beside it
+
+    @property
+    def data(self) -> bytes:
+        """A copy of the message's bytes."""
+        return bytes(self.body)
 
     @property
     def suspect(self) -> bool:

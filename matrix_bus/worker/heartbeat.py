@@ -21,7 +21,8 @@ class Wheel:
         self._bus = bus
         self._period_s = ack_wait_s / 3
         self._overdue_s = ack_wait_s / 2
-        self._turned_at = time.monotonic()
+        self.overdue_at = time.monotonic() + self._overdue_s
+        """On the monotonic clock: when the process must have been stopped, or its loop blocked, if it did not turn."""
         self._on_overdue = on_overdue
         self._spokes: list[set[Delivery]] = [set() for _ in range(_SPOKES)]
         self._at = 0
@@ -37,18 +38,13 @@ class Wheel:
     def __len__(self) -> int:
         return sum(map(len, self._spokes))
 
-    @property
-    def overdue(self) -> bool:
-        """True if the process was stopped, or its loop blocked, and the wheel has not turned since."""
-        return time.monotonic() - self._turned_at > self._overdue_s
-
     async def turn(self) -> None:
         """Runs until cancelled. Outages are waited out: the broker counts AckWait from its own restart."""
         while True:
             await asyncio.sleep(self._period_s / _SPOKES)
-            if self.overdue:
+            if (now := time.monotonic()) > self.overdue_at:
                 self._on_overdue()
-            self._turned_at = time.monotonic()
+            self.overdue_at = now + self._overdue_s
             self._at = (self._at + 1) % _SPOKES
             if not self._bus.connected:
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .. import metrics
@@ -18,12 +18,24 @@ from . import limits
 from .delivery import Delivery
 from .handlers import Caller
 
+_SWEEP_S = 0.5
 EXPIRED = -1.0
 """The deadline of a delivery whose handler was ended because its time was up."""
 
 Resolve = Callable[[str | None], ModelPool]
 Handled = tuple[Next | Outcome | Exception, bytes]
 """What the handler decided, or what went wrong; and the state as it left it."""
+
+
+async def watch_deadlines(held: Mapping[int, Delivery]) -> None:
+    """Ends handlers whose time is up, until it is cancelled. A timer for each would cost more than it ends."""
+    while True:
+        await asyncio.sleep(_SWEEP_S)
+        now = time.monotonic()
+        for delivery in list(held.values()):
+            if 0.0 < delivery.deadline < now:
+                delivery.deadline = EXPIRED
+                delivery.task.cancel()
 
 
 class Served:

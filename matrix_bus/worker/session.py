@@ -41,10 +41,9 @@ from .moves import Moves
 from .offload import Offload
 from .ownership import Ownership
 from .pulling import Pool, Pump, Share
-from .served import EXPIRED, Resolve, Served
+from .served import Resolve, Served, watch_deadlines
 from .suspects import Suspects
 
-_SWEEP_S = 0.5
 _GIVE_BACK_S = 2.0
 _EVERYTHING = 1 << 63
 
@@ -111,7 +110,7 @@ class Session:
         await self._note_queue_end()
         self._stack.callback(self._bus.on_reconnect(self._reconnected))
         self._stack.push_async_callback(await self._ownership.listen())
-        for beside in (self._wheel.turn(), self._watch_deadlines()):
+        for beside in (self._wheel.turn(), watch_deadlines(self._held)):
             self._stack.callback(self._loop.create_task(beside, name=f"beside {self.record.id}").cancel)
         await self._lanes.open()
 
@@ -164,10 +163,10 @@ class Session:
     # --- arriving -----------------------------------------------------------------------------------------------
 
     def _receive(self, message: Message) -> None:
+        now = self.touched_at = time.monotonic()
         # Until the queue's end is known again after a reconnect or a standstill, everything counts as old.
-        known = self._epoch == self._bus.epoch and not self._wheel.overdue
-        delivery = Delivery(message, self._old_until if known else _EVERYTHING)
-        self.touched_at = delivery.beat_at
+        known = self._epoch == self._bus.epoch and now < self._wheel.overdue_at
+        delivery = Delivery(message, self._old_until if known else _EVERYTHING, now)
         if (held := self._held.get(delivery.seq)) is not None:
             held.ack_subject = delivery.ack_subject
             held.beat_at = delivery.beat_at
@@ -230,7 +229,7 @@ class Session:
     async def _admit(self, delivery: Delivery) -> None:
         """A row message: sets the row off, and keeps its lease until an outcome exists."""
         try:
-            row = decode_row(delivery.data)
+            row = decode_row(delivery.body)
         except RowError as error:
             await self._bury(delivery, error)
             return
@@ -257,7 +256,7 @@ class Session:
     async def _hop(self, delivery: Delivery) -> None:
         """A hop message: the handler's turn."""
         try:
-            message = decode(delivery.data)
+            message = decode(delivery.body)
         except RowError as error:
             await self._bury(delivery, error)
             return
@@ -376,16 +375,6 @@ class Session:
             yield
         finally:
             share.take()
-
-    async def _watch_deadlines(self) -> None:
-        """Ends handlers whose time is up. One sweep for all: a timer for each would cost more than it ends."""
-        while True:
-            await asyncio.sleep(_SWEEP_S)
-            now = time.monotonic()
-            for delivery in list(self._held.values()):
-                if 0.0 < delivery.deadline < now:
-                    delivery.deadline = EXPIRED
-                    delivery.task.cancel()
 
     # --- after an outage ------------------------------------------------------------------------------------------
 

@@ -172,7 +172,7 @@ async def test_a_death_between_the_ack_of_the_lease_and_of_the_hop(bus: Bus) -> 
     record = await submitted(bus, flow, rows(1), QUICK)
     moves, delivery, message = await zombie(bus, record)
 
-    async def dies(_: str) -> None:
+    def dies(_: str) -> None:
         raise ConnectionAbortedError("kill -9")
 
     outcome = encode(finish(message, flow.name, 1, "success", "first", 0.0))

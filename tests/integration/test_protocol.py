@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from functools import partial
 from typing import Any
 
@@ -53,7 +54,7 @@ async def take(bus: Bus, record: RunRecord, role: str) -> Delivery:
     await lane.ask(1)
     await until(lambda: got, f"a delivery of {role}")
     await lane.close()
-    return Delivery(got[0], 0)
+    return Delivery(got[0], 0, time.monotonic())
 
 
 async def admitted(bus: Bus, record: RunRecord) -> tuple[Moves, Delivery]:

@@ -117,10 +117,10 @@ def test_a_stream_cut_anywhere(places: list[int]) -> None:
 
 @given(st.binary(max_size=3000), st.lists(st.integers(0, 10_000), max_size=8))
 def test_what_is_published_is_what_is_received(body: bytes, places: list[int]) -> None:
-    command = hpub("s.1", "re.ply", {"A": "1", "B-c": "x:y"}, body)
+    command = b"".join(hpub("s.1", "re.ply", {"A": "1", "B-c": "x:y"}, body))
     delivered = command.replace(b"HPUB s.1 re.ply", b"HMSG s.1 7 re.ply", 1)
     assert fed(cut(delivered, places))[0] == [("s.1", "re.ply", {"A": "1", "B-c": "x:y"}, body)]
-    plain = hpub("s.1", "", None, body).replace(b"PUB s.1 ", b"MSG s.1 7", 1)
+    plain = b"".join(hpub("s.1", "", None, body)).replace(b"PUB s.1 ", b"MSG s.1 7", 1)
     assert fed(cut(plain, places))[0] == [("s.1", "", {}, body)]
 
 
