@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -44,6 +45,18 @@ def find_server() -> Path:
         refused.append(f"{place} is {'.'.join(map(str, version)) or 'of no known version'}")
     found = "; ".join(refused) or "none is installed"
     raise BusUnsuitable(f"a local broker needs nats-server 2.15.1 or later, below 3: {found}. {_ADVICE}")
+
+
+def server_command(server: Path, config: Path) -> list[str]:
+    """What starts a server with this configuration.
+
+    It takes half of the machine's cores, unless GOMAXPROCS says otherwise: workers and models run beside it, and on two
+    cores its threads and a worker would drive each other out of the caches (docs/performance.md).
+    """
+    command = [str(server), "-c", str(config)]
+    if "GOMAXPROCS" in os.environ:
+        return command
+    return ["env", f"GOMAXPROCS={max(1, (os.cpu_count() or 2) // 2)}", *command]
 
 
 def _version(binary: Path) -> tuple[int, ...]:
@@ -144,7 +157,7 @@ def local_broker(home: Path | None = None) -> LocalService:
 
     def argv(port: int, identity: str) -> list[str]:
         config = write_config(base / "broker", port, server_name=identity)
-        return [str(find_server()), "-c", str(config)]
+        return server_command(find_server(), config)
 
     return LocalService("broker", argv=argv, url=lambda port: f"nats://127.0.0.1:{port}", healthy=_is_server, home=base)
 
@@ -224,7 +237,7 @@ class Broker:
         )
         with self.log.open("ab") as log:
             process = self._process = subprocess.Popen(
-                [server, "-c", config], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                server_command(server, config), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         while process.poll() is None:
             if _is_server(self.url, self.name):
