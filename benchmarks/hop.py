@@ -1,6 +1,6 @@
 """Hops per second of one worker process without a model, beside a bare nats-py loop with the same messages.
 
-    python -m benchmarks.hop [--rows 1000] [--in-flight 1000] [--repeat 3] [--with-reference [--reference-env FOLDER]]
+    python -m benchmarks.hop [--rows 1000] [--in-flight 1000] [--repeat 3] [--with-reference]
 
 Each measurement has a fresh private broker on file storage, and one fresh client process: our worker with all
 roles, or the floor (see `benchmarks.workload`). Ours and the floor take turns, so that both meet the same weather;
@@ -210,12 +210,13 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=3, help="measurements of each, in turns")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="of one measurement")
     parser.add_argument("--with-reference", action="store_true", help="measure the reference implementation too")
+    parser.add_argument("--reference-rows", type=int, default=2000, help="the reference takes a minute for 5000")
     parser.add_argument(
         "--reference-env", type=Path, default=reference.DEFAULT_ENVIRONMENT, help="its environment, made if need be"
     )
     given = parser.parse_args()
-    if min(given.rows, given.in_flight, given.repeat) < 1:
-        parser.error("--rows, --in-flight and --repeat must be at least 1")
+    if min(given.rows, given.in_flight, given.repeat, given.reference_rows) < 1:
+        parser.error("--rows, --in-flight, --repeat and --reference-rows must be at least 1")
     options = Options(given.rows, given.in_flight, given.timeout_s)
     versions: dict[str, str] = {}
     if given.with_reference:
@@ -236,7 +237,7 @@ def main() -> int:
                     flush=True,
                 )
             if given.with_reference:
-                its = reference.measure(given.reference_env, given.rows, given.in_flight, given.timeout_s)
+                its = reference.measure(given.reference_env, given.reference_rows, given.in_flight, given.timeout_s)
                 references.append(its)
                 print(
                     f"ref   {its.hops_per_s:8.0f} hops/s {its.rows_per_s:8.1f} rows/s {its.seconds:7.3f} s", flush=True

@@ -50,6 +50,17 @@ def kill(info: Info, service: LocalService) -> None:
 # --- a private broker ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+@pytest.mark.parametrize("own", ["", "3"])
+def test_a_broker_takes_half_of_the_cores_or_what_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    monkeypatch.setenv("GOMAXPROCS", own) if own else monkeypatch.delenv("GOMAXPROCS", raising=False)
+    with Broker(tmp_path / "broker") as broker:
+        given = Path(f"/proc/{broker.pid}/environ").read_bytes().split(b"\0")
+    assert f"GOMAXPROCS={own or max(1, (os.cpu_count() or 2) // 2)}".encode() in given
+
+
 async def test_a_killed_broker_comes_back_on_its_port_with_its_data(broker: Broker) -> None:
     url, pid = broker.url, broker.pid
     client = await nats.connect(url)
