@@ -24,11 +24,18 @@ Headers = Mapping[str, str] | str
 """Of a message: by name, or the lines as they travel, each with its end."""
 
 
+class ApiError(Struct):
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
 class PubAck(Struct):
-    """The broker's confirmation that a message is stored."""
+    """The broker's answer to a publish; without `error` it says that the message is stored."""
 
     seq: int = 0
     duplicate: bool = False
+    error: ApiError | None = None
 
 
 class Stored(Struct):
@@ -85,18 +92,6 @@ def _mark(name: str) -> bytes:
     return f"\r\n{name}:".encode()
 
 
-class ApiError(Struct):
-    code: int = 0
-    err_code: int = 0
-    description: str = ""
-
-
-class PubReply(Struct):
-    seq: int = 0
-    duplicate: bool = False
-    error: ApiError | None = None
-
-
 class GotMessage(Struct):
     subject: str
     seq: int
@@ -109,7 +104,7 @@ class GetReply(Struct):
     error: ApiError | None = None
 
 
-_pub_reply = msgspec.json.Decoder(PubReply)
+_pub_ack = msgspec.json.Decoder(PubAck)
 get_reply = msgspec.json.Decoder(GetReply)
 
 
@@ -122,10 +117,10 @@ def answer(subject: str, reply: Message) -> Message:
 
 def confirmation(subject: str, reply: Message) -> PubAck:
     """What a reply to a published message says. Raises `PublishRefused`."""
-    found = _pub_reply.decode(answer(subject, reply).data)
+    found = _pub_ack.decode(answer(subject, reply).body)
     if found.error is not None:
         raise PublishRefused(subject, found.error.err_code, found.error.description)
-    return PubAck(found.seq, found.duplicate)
+    return found
 
 
 _EXPECTED = "Nats-Expected-Last-Subject-Sequence"
