@@ -1,6 +1,6 @@
 """How cost follows size: worker processes, runs, roles, bytes of a row, rows in flight; one at a time.
 
-    python -m benchmarks.scale [--only workers,in_flight] [--rows 4000] [--in-flight 1000,50000] [--plot scale.png]
+    python -m benchmarks.scale [--only workers,in_flight] [--rows 4000] [--workers 1,2,4] [--in-flight 1000,50000] [--plot scale.png]
 
 Every point has a fresh private broker on file storage and fresh worker processes, no model, and every outcome is
 checked; see `benchmarks.scale_point`, for rows in flight `benchmarks.scale_waiting`, for the workflow
@@ -52,6 +52,7 @@ Job = Callable[[], Awaitable[Measured]]
 
 class Options(Struct):
     rows: int
+    workers: list[int]
     in_flight: list[int]
     rate: float
     rest_s: float
@@ -74,7 +75,7 @@ def sweeps(options: Options) -> dict[str, list[Job]]:
         above = [*([_NEVER] if fits else []), *([_OFFLOAD_ABOVE] if 2 * size > _OFFLOAD_ABOVE else [])]
         sizes += [with_(rows=rows, row_bytes=size, offload_above_bytes=limit) for limit in above]
     return {
-        "workers": points([with_(workers=count) for count in (1, 2, 4)]),
+        "workers": points([with_(workers=count) for count in options.workers]),
         "runs": points([with_(runs=count) for count in (1, 10, 50)]),
         "roles": points([with_(roles=count) for count in ring.ROLES]),
         "row_bytes": points(sizes),
@@ -174,17 +175,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scale", description="How cost follows size, one dimension at a time.")
     parser.add_argument("--rows", type=int, default=4000, help="of a point, all runs together; fewer where large")
     parser.add_argument("--only", default="", help="sweeps, with commas: workers, runs, roles, row_bytes, in_flight")
+    parser.add_argument("--workers", default="1,2,4", help="processes of that sweep, with commas")
     parser.add_argument("--in-flight", default=",".join(map(str, _WAITING)), help="sizes of that sweep, with commas")
     parser.add_argument("--rate", type=float, default=2500.0, help="hops per second that rows in flight make")
     parser.add_argument("--rest-s", type=float, default=20.0, help="how long all rows wait, in windows of 10 s")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the tables (needs matplotlib)")
     given = parser.parse_args()
     try:
-        options = Options(given.rows, [int(word) for word in given.in_flight.split(",")], given.rate, given.rest_s)
+        workers, in_flight = ([int(word) for word in words.split(",")] for words in (given.workers, given.in_flight))
+        options = Options(given.rows, workers, in_flight, given.rate, given.rest_s)
     except ValueError:
-        parser.error("--in-flight must be whole numbers with commas between them")
-    if min(options.rows, *options.in_flight) < 50 or options.rate <= 0:
-        parser.error("--rows and --in-flight must be at least 50, --rate above 0")
+        parser.error("--workers and --in-flight must be whole numbers with commas between them")
+    if min(options.rows, *options.in_flight) < 50 or min(options.workers) < 1 or options.rate <= 0:
+        parser.error("--rows and --in-flight must be at least 50, --workers at least 1, --rate above 0")
     wanted = sweeps(options)
     names = given.only.split(",") if given.only else list(wanted)
     for name in names:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matrix_bus import registry
-from matrix_bus.bus import Bus
+from matrix_bus.bus import Bus, Headers
 from matrix_bus.bus import create_stream as _create_stream
 from matrix_bus.cli import main
 from matrix_bus.worker.delivery import Delivery
@@ -21,10 +21,11 @@ _outcome = Moves.outcome
 def _without_conditions(begin: str) -> None:
     """Publishes under these subjects are taken whatever is there already."""
 
-    async def publish(self: Bus, subject: str, body: bytes, headers: Mapping[str, str] | None = None) -> Any:
-        if subject.startswith(begin) and "._." not in subject:
-            headers = {name: value for name, value in (headers or {}).items() if not name.startswith("Nats-")}
-        return await _publish(self, subject, body, dict(headers or {}))
+    async def publish(self: Bus, subject: str, body: bytes, headers: Headers | None = None) -> Any:
+        if headers and subject.startswith(begin) and "._." not in subject:
+            lines = headers if isinstance(headers, str) else "".join(f"{n}: {v}\r\n" for n, v in headers.items())
+            headers = "".join(line for line in lines.splitlines(keepends=True) if not line.startswith("Nats-"))
+        return await _publish(self, subject, body, headers)
 
     setattr(Bus, "publish", publish)  # noqa: B010 - mypy would object to a plain assignment
 
