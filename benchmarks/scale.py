@@ -1,6 +1,6 @@
 """How cost follows size: worker processes, runs, roles, bytes of a row, rows in flight; one at a time.
 
-    python -m benchmarks.scale [--only workers,in_flight] [--rows 4000] [--workers 1,2,4] [--in-flight 1000,50000] [--plot scale.png]
+    python -m benchmarks.scale [--only workers,in_flight] [--workers 1,2,4] [--in-flight 1000,50000] [--plot scale.png]
 
 Every point has a fresh private broker on file storage and fresh worker processes, no model, and every outcome is
 checked; see `benchmarks.scale_point`, for rows in flight `benchmarks.scale_waiting`, for the workflow
