@@ -248,14 +248,17 @@ class Connection:
         if (flusher := client._flush_queue) is not None and flusher.empty():
             flusher.put_nowait(self._done)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether who has more to send, and waits for nothing, should wait for `room`."""
+        return self.nc._pending_data_size > self.nc._max_pending_size
+
     async def room(self) -> None:
-        """Returns once the connection has written most of what it was handed. Raises `BusUnavailable`."""
-        client = self.nc
-        if client._pending_data_size > client._max_pending_size:
-            try:
-                await client._flush_pending(force_flush=True)
-            except self.client_errors as error:
-                raise BusUnavailable(f"cannot send: {error or type(error).__name__}") from None
+        """Returns once the connection has written what it was handed. Raises `BusUnavailable`."""
+        try:
+            await self.nc._flush_pending(force_flush=True)
+        except self.client_errors as error:
+            raise BusUnavailable(f"cannot send: {error or type(error).__name__}") from None
 
     # --- inside -------------------------------------------------------------------------------------------------
 

@@ -68,9 +68,11 @@ class Bus(Connection):
 
         For many at once: it costs no task.
         """
-        await self.wait_connected()
+        if self._closing or not self._up.is_set():
+            await self.wait_connected()
         try:
-            await self.room()
+            if self.is_full:
+                await self.room()
             future = self.ask(subject, body, headers, confirmation)
         except BusError as error:
             done(error)
