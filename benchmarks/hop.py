@@ -210,7 +210,7 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=3, help="measurements of each, in turns")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="of one measurement")
     parser.add_argument("--with-reference", action="store_true", help="measure the reference implementation too")
-    parser.add_argument("--reference-rows", type=int, default=2000, help="the reference takes a minute for 5000")
+    parser.add_argument("--reference-rows", type=int, default=2000, help="of the reference: 2000 take it two minutes")
     parser.add_argument(
         "--reference-env", type=Path, default=reference.DEFAULT_ENVIRONMENT, help="its environment, made if need be"
     )
