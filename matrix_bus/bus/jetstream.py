@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from ..errors import BusError, BusTimeout, NobodyListens, PublishRefused
-from .connection import CALL_TIMEOUT_S, Connection
+from ..errors import BusError, BusTimeout, BusUnavailable, NobodyListens, PublishRefused
+from .connection import CALL_TIMEOUT_S, Connection, Told
 from .wire import (
     NO_MESSAGE,
     Headers,
@@ -61,23 +61,20 @@ class Bus(Connection):
         await self.wait_connected()
         return await self.ask(subject, body, headers, confirmation)
 
-    async def begin_publish(
-        self, subject: str, body: bytes, headers: dict[str, str], done: Callable[[BaseException | None], None]
+    def begin_publish(
+        self, subject: str, body: bytes, headers: Headers, done: Callable[[BaseException | None], None]
     ) -> None:
-        """Hands over a message to be stored, and goes on; `done` is told the outcome: None, or what `publish` raises.
+        """Sends a message to be stored, and goes on; `done` is told the outcome: None, or what `publish` raises.
 
-        For many at once: it costs no task.
+        For many at once: it costs neither a task nor a future. Who sends without end waits for `room` while `is_full`.
         """
         if self._closing or not self._up.is_set():
-            await self.wait_connected()
+            done(BusUnavailable(f"the connection to {self.url} is lost"))
+            return
         try:
-            if self.is_full:
-                await self.room()
-            future = self.ask(subject, body, headers, confirmation)
+            self._request(subject, body, headers, confirmation, CALL_TIMEOUT_S, Told(done))
         except BusError as error:
             done(error)
-        else:
-            future.add_done_callback(lambda replied: done(replied.exception()))
 
     async def api(self, method: str, payload: Any = None, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
         """A call of JetStream's JSON API, such as `STREAM.INFO.name`.

@@ -45,11 +45,11 @@ class Rejected(Struct, frozen=True, omit_defaults=True):
 
 
 class _Head(Struct):
-    id: Raw = Raw(b"null")
+    id: str | int | None = None
 
 
-_decode_head = msgspec.json.Decoder(_Head)
-_decode_id = msgspec.json.Decoder(str | int | None)
+_head = msgspec.json.Decoder(_Head)
+_object = msgspec.json.Decoder(dict[str, Raw])
 
 
 Check = Callable[[bytes], object]
@@ -121,54 +121,67 @@ class Intake:
         try:
             body.decode()
             shaped = self._select.reshape(body)
-            head = _decode_head.decode(shaped)
+            identity = _id_of(shaped)
         except UnicodeDecodeError as error:
             return self._rejected(f"not UTF-8: {error.reason} at byte {error.start}", body)
         except RecursionError:
             return self._rejected("nested too deeply", body)
         except msgspec.DecodeError as error:
             return self._rejected(f"not a JSON object: {error}", body)
-        try:
-            identity = _decode_id.decode(head.id)
-        except msgspec.DecodeError as error:
-            return self._rejected(f"the id must be a text or a whole number: {error}", body)
+        except RowError as error:
+            return self._rejected(str(error), body)
         try:
             self._check(shaped)
         except RowError as error:
             return self._rejected(str(error), body)
-        if identity is not None:
-            if len(str(identity)) > MAX_ID_CHARS:
-                return self._rejected(f"the id is longer than {MAX_ID_CHARS} characters", body)
-            place = f"{self._file}:{self._at}" if self._file else str(self._at)
-            if (first := self._ids.first(str(identity), place)) != place:
-                return self._rejected(f"the id {identity!r} was taken before, by line {first}", body)
-        return Line(number, shaped, str(number if identity is None else identity))
+        if identity is None:
+            return Line(number, shaped, str(number))
+        name = str(identity)
+        if len(name) > MAX_ID_CHARS:
+            return self._rejected(f"the id is longer than {MAX_ID_CHARS} characters", body)
+        place = f"{self._file}:{self._at}" if self._file else str(self._at)
+        if (first := self._ids.first(name, place)) != place:
+            return self._rejected(f"the id {identity!r} was taken before, by line {first}", body)
+        return Line(number, shaped, name)
 
     def _rejected(self, reason: str, found: object) -> Rejected:
         text = found[:200].decode("utf-8", "replace") if isinstance(found, bytes) else reprlib.repr(found)[:200]
         return Rejected(self._at, reason, text, self._file)
 
 
+def _id_of(body: bytes) -> str | int | None:
+    """The `id` of a JSON object. Raises `msgspec.DecodeError` if it is none, `RowError` if the id cannot be one."""
+    try:
+        return _head.decode(body).id
+    except msgspec.ValidationError as error:
+        _object.decode(body)  # raises if it is not the id
+        raise RowError(f"the id must be a text or a whole number: {error}") from None
+
+
 class _Ids:
     """The ids of a dataset so far. In sqlite's private file, not in memory: a dataset may be larger than that."""
 
     def __init__(self) -> None:
-        self._database: sqlite3.Connection | None = None
+        self._cursor: sqlite3.Cursor | None = None
 
     def first(self, identity: str, place: str) -> str:
         """Where this id was first seen: here, if never before."""
-        if self._database is None:
-            # One thread at a time, but not always the same: iterables are pulled by a pool.
-            self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-            weakref.finalize(self, self._database.close)
-            self._database.execute("PRAGMA synchronous=OFF")
-            self._database.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, place TEXT) WITHOUT ROWID")
-            self._database.execute("BEGIN")
-        taken = self._database.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (identity, place)).rowcount == 1
-        if taken:
+        cursor = self._cursor or self._open()
+        if cursor.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (identity, place)).rowcount == 1:
             return place
-        (first,) = self._database.execute("SELECT place FROM ids WHERE id = ?", (identity,)).fetchone()
+        (first,) = cursor.execute("SELECT place FROM ids WHERE id = ?", (identity,)).fetchone()
         return str(first)
+
+    def _open(self) -> sqlite3.Cursor:
+        # One thread at a time, but not always the same: iterables are pulled by a pool.
+        database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        weakref.finalize(self, database.close)
+        database.execute("PRAGMA journal_mode=OFF")  # nobody reads it after a crash
+        database.execute("PRAGMA synchronous=OFF")
+        database.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, place TEXT) WITHOUT ROWID")
+        database.execute("BEGIN")
+        self._cursor = database.cursor()
+        return self._cursor
 
 
 def _as_json(item: object) -> bytes:

@@ -35,14 +35,18 @@ class Gauge:
         """That may be published before the next look."""
         self._bytes = 0
 
-    async def room_for(self, size: int) -> None:
-        """Returns when another row of so many bytes may be published."""
-        if self._messages <= 0 or self._bytes <= 0:
-            await self._look()
+    @property
+    def is_due(self) -> bool:
+        """Whether `look` comes before the next row."""
+        return self._messages <= 0 or self._bytes <= 0
+
+    def count(self, size: int) -> None:
+        """A row of so many bytes is published."""
         self._messages -= 1
         self._bytes -= size
 
-    async def _look(self) -> None:
+    async def look(self) -> None:
+        """Returns when another row may be published."""
         waited = False
         while True:
             info = await patiently(self._bus, lambda: self._bus.api(f"STREAM.INFO.{self._stream}"))

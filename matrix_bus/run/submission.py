@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
+from functools import partial
 from typing import TypeVar
 
 from msgspec import Raw, Struct
 
 from .. import registry
-from ..bus import Bus, fence, is_lost_race, patiently
+from ..bus import Bus, fence_lines, is_lost_race, patiently
 from ..dataset import Line, Rejected
 from ..errors import NobodyListens, PublishRefused, RunError
 from ..orchestrator import (
@@ -65,7 +66,7 @@ async def submit(
     trials, seed = record.config.trials, record.config.seed
     skipped = 0 if record.total_before is None else record.lines
     accepted = rejected = seen = 0
-    window = asyncio.Semaphore(_WINDOW)
+    window = _Window(_WINDOW)
     payloads = Payloads(bus, record.id)
     gauge = Gauge(bus, record, lambda: patiently(bus, lambda: _require_active(bus, record.id)))
 
@@ -75,19 +76,15 @@ async def submit(
         finally:
             window.release()
 
-    async def put(n: int, body: bytes, group: asyncio.TaskGroup) -> None:
-        def done(error: BaseException | None) -> None:
-            if error is None:
-                window.release()
-                return
-            insisting = insist(n, body)  # whatever it is, the patient way finds out
-            try:
-                group.create_task(insisting)
-            except RuntimeError:  # the submission has failed meanwhile
-                insisting.close()
-
-        await window.acquire()
-        await bus.begin_publish(row_subject(record.id, n), body, _headers(bus, record.id, n), done)
+    def settled(group: asyncio.TaskGroup, n: int, body: bytes, error: BaseException | None) -> None:
+        if error is None:
+            window.release()
+            return
+        insisting = insist(n, body)  # whatever it is, the patient way finds out
+        try:
+            group.create_task(insisting)
+        except RuntimeError:  # the submission has failed meanwhile
+            insisting.close()
 
     async with _unwrapped_group() as group, contextlib.aclosing(_each(lines)) as each:
         async for line in each:
@@ -110,8 +107,18 @@ async def submit(
                     schema=record.schema,
                 )
                 message = encode(row)
-                await gauge.room_for(len(message))
-                await put(line.number * trials + trial, message, group)
+                n = line.number * trials + trial
+                # Each of these is a coroutine less per row, where there is nothing to wait for.
+                if gauge.is_due:
+                    await gauge.look()
+                if bus.is_full:
+                    await bus.room()
+                if window.is_full:
+                    await window.room()
+                gauge.count(len(message))
+                window.take()
+                headers = _headers(bus, record.id, n)
+                bus.begin_publish(row_subject(record.id, n), message, headers, partial(settled, group, n, message))
             accepted += 1
             if time.monotonic() - checked_at > _CHECK_S:
                 await patiently(bus, lambda: _require_active(bus, record.id))
@@ -120,12 +127,47 @@ async def submit(
                 on_progress(accepted * trials)
                 await asyncio.sleep(0)  # confirmations come in even where publishing never has to wait
         # What the group still waits for is confirmed, or refused for good, before the run is sealed.
-        for _ in range(_WINDOW):
-            await window.acquire()
+        await window.empty()
     await patiently(bus, lambda: registry.seal(bus, record.id, shard, accepted * trials, seen))
     rows = (record.total_before or 0) + accepted * trials
     on_progress(rows)
     return Submitted(record.id, rows, rejected, time.monotonic() - started)
+
+
+class _Window:
+    """How many publishes wait for their confirmation. Asked by one task."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._taken = 0
+        self._below = size
+        """What `_waiter` waits to see `_taken` below."""
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def is_full(self) -> bool:
+        return self._taken >= self._size
+
+    def take(self) -> None:
+        self._taken += 1
+
+    def release(self) -> None:
+        self._taken -= 1
+        if self._waiter is not None and self._taken < self._below and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def room(self) -> None:
+        """Returns when there is room for a good many, since each return costs a turn of the loop."""
+        await self._sink(self._size - self._size // 8)
+
+    async def empty(self) -> None:
+        """Returns when nothing waits any more."""
+        await self._sink(1)
+
+    async def _sink(self, below: int) -> None:
+        while self._taken >= below:
+            self._below, self._waiter = below, asyncio.get_running_loop().create_future()
+            await self._waiter
 
 
 @contextlib.asynccontextmanager
@@ -165,8 +207,8 @@ async def _publish_row(bus: Bus, run: str, n: int, body: bytes) -> None:
             raise
 
 
-def _headers(bus: Bus, run: str, n: int) -> dict[str, str]:
-    return bus.named(fence(0, family(run, n)), run, n, 0, 0)
+def _headers(bus: Bus, run: str, n: int) -> str:
+    return fence_lines(0, family(run, n)) + bus.id_line(run, n, 0, 0)
 
 
 async def _require_active(bus: Bus, run: str) -> None:
