@@ -3,9 +3,10 @@
     python -m benchmarks.intake [--rows 200000] [--row-bytes 1024] [--submit-rows 200000] [--shards 1]
 
 Rows of the same content lie in a file of each form; each is read once by a process of its own, through the checks of
-a workflow, and that process's memory is looked at all the while. Then rows are submitted from a JSONL file, by one
-process per shard, with no worker there to take them away. The last line is JSON; `rss_growth_mib` is what a reading
-process grew by between the first and the last tenth of its rows.
+a workflow, and that process's memory is looked at all the while. Then rows are submitted from a JSONL file by
+`matrix-bus submit --detach`, one process per shard, with no worker there to take them away. The last line is JSON;
+`rss_growth_mib` is what a reading process grew by between the first and the last tenth of its rows, `rows_per_s` of
+submitting is without the start of the command, `rows_per_s_with_start` with it, and CPU is always with it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,16 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import uvloop
 import zstandard
 
-from matrix_bus import RunConfig, State, Workflow, registry, run, success
+from matrix_bus import State, Workflow, registry, success
 from matrix_bus.agent import Outcome, Row
 from matrix_bus.broker import Broker
 from matrix_bus.bus import Bus
-from matrix_bus.config import IoConfig
-from matrix_bus.dataset import Selection, Shard, identity, read
+from matrix_bus.dataset import read
 
+_ROOT = Path(__file__).parents[1]
+_ENV = {**os.environ, "PYTHONPATH": str(_ROOT)}
 FORMS = ("jsonl", "jsonl.gz", "jsonl.zst", "csv", "parquet")
 _LOOKS = 100
 
@@ -45,7 +47,6 @@ class Page(State):
 
 
 flow = Workflow("intake", state=Page, start="end")
-flow.code_hash = "of-this-benchmark"
 
 
 @flow.role
@@ -126,19 +127,32 @@ def read_all(path: str, rows: int) -> dict[str, object]:
     }
 
 
-async def submit_all(url: str, path: str, shard: Shard, rows: int) -> dict[str, object]:
-    """Submits a shard of a dataset from this process."""
-    config = RunConfig(io=IoConfig(queue_messages=10 * rows))
+def submit_all(url: str, path: Path, rows: int, shards: int) -> dict[str, Any]:
+    """Submits a dataset with as many processes of the real command, and asks the broker for what has come."""
+    command = [sys.executable, "-m", "matrix_bus", "submit", str(path), "-w", __file__, "--server", url, "--detach"]
+    command += ["--run", "intake", f"io.queue_messages={10 * rows}"]
+    children = [
+        subprocess.Popen(
+            [*command, "--shard", f"{i}/{shards}"], cwd=path.parent, env=_ENV, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(1, shards + 1)
+    ]
+    seconds, cpu_s, rss_kib = [], 0.0, 0
+    for child in children:
+        assert child.stderr is not None
+        said = child.stderr.read()
+        _, status, used = os.wait4(child.pid, 0)
+        if status or not (found := re.search(r"submitted in ([\d.]+) s", said)):
+            raise SystemExit(f"a submitter ended with {status}: {said[-2000:]}")
+        seconds.append(float(found[1]))
+        cpu_s += used.ru_utime + used.ru_stime
+        rss_kib = max(rss_kib, used.ru_maxrss)
+    return {"seconds": max(seconds), "cpu_s": cpu_s, "rss_mib": rss_kib / 1024, "total": asyncio.run(_total(url))}
+
+
+async def _total(url: str) -> int | None:
     async with await Bus.connect(url) as bus:
-        record = run.new_record(flow, config, run="intake", source=identity(path), shards=shard.count)
-        record = await run.open_run(bus, record)
-        cpu, started = time.process_time(), time.perf_counter()
-        done = await run.submit(bus, record, read(path, flow.begin, Selection(config.input, shard)), shard=shard.index)
-        seconds = time.perf_counter() - started
-        cpu_s = time.process_time() - cpu
-        sealed = (await registry.require(bus, "intake")).total
-    rss_mib = psutil.Process().memory_info().rss / (1 << 20)
-    return {"rows": done.rows, "seconds": seconds, "cpu_s": cpu_s, "total": sealed, "rss_mib": rss_mib}
+        return (await registry.require(bus, "intake")).total
 
 
 def _child(*words: str) -> subprocess.Popen[bytes]:
@@ -172,23 +186,21 @@ def measure(rows: int, row_bytes: int, submit_rows: int, shards: int, forms: lis
                 server = psutil.Process(broker.pid)
                 before = server.cpu_times()
                 started = time.perf_counter()
-                words = ["--submit", str(path), "--url", broker.url, "--rows", str(submit_rows)]
-                children = [_child(*words, "--shard", f"{i}/{shards}") for i in range(1, shards + 1)]
-                parts = [_answer(child) for child in children]
-                seconds = max(part["seconds"] for part in parts)
+                done = submit_all(broker.url, path, submit_rows, shards)
+                with_start = time.perf_counter() - started
                 used = server.cpu_times()
                 submitting = {
                     "rows": submit_rows,
                     "submitters": shards,
-                    "rows_per_s": round(submit_rows / seconds),
-                    "rows_per_s_with_start": round(submit_rows / (time.perf_counter() - started)),
-                    "cpu_us_per_row": round(sum(part["cpu_s"] for part in parts) / submit_rows * 1e6, 1),
+                    "rows_per_s": round(submit_rows / done["seconds"]),
+                    "rows_per_s_with_start": round(submit_rows / with_start),
+                    "cpu_us_per_row": round(done["cpu_s"] / submit_rows * 1e6, 1),
                     "broker_cpu_us_per_row": round(
                         (used.user + used.system - before.user - before.system) / submit_rows * 1e6, 1
                     ),
-                    "rss_mib": round(max(part["rss_mib"] for part in parts), 1),
+                    "rss_mib": round(done["rss_mib"], 1),
                     "broker_rss_mib": round(server.memory_info().rss / (1 << 20)),
-                    "sealed_total": max(part["total"] or 0 for part in parts),
+                    "sealed_total": done["total"],
                 }
     return {
         "benchmark": "intake",
@@ -206,16 +218,10 @@ def main() -> int:
     parser.add_argument("--submit-rows", type=int, default=200_000, help="0: only read")
     parser.add_argument("--shards", type=int, default=1, help="submitting processes")
     parser.add_argument("--forms", default=",".join(FORMS), help="which to read; empty: none")
-    for inner in ("--read", "--submit", "--url", "--shard"):
-        parser.add_argument(inner, default="", help=argparse.SUPPRESS)
+    parser.add_argument("--read", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.read:
         print(json.dumps(read_all(given.read, given.rows)), flush=True)
-        return 0
-    if given.submit:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            work = submit_all(given.url, given.submit, Shard.parse(given.shard), given.rows)
-            print(json.dumps(runner.run(work)), flush=True)
         return 0
     forms = [form for form in given.forms.split(",") if form]
     found = measure(given.rows, given.row_bytes, given.submit_rows, given.shards, forms)

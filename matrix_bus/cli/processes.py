@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import gc
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from ..bus import Bus
 from ..errors import BusUnavailable, UsageError, WorkflowError
 from ..telemetry import configure_logs
 from . import app
-from .common import LogJson, LogLevel, Server, broker_url, embedded_model, go, say
+from .common import LogJson, LogLevel, Server, broker_url, embedded_model, go, relax_collector, say
 
 _RESTART_WAIT_S = 1.0
 
@@ -79,11 +78,7 @@ def worker(
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, serving.stop)
             say(f"worker of {', '.join(f.name for f in flows)}: {', '.join(role or known)} · broker {bus.url}")
-            # A hop makes hundreds of objects that outlive a young collection and no cycles: with the default
-            # thresholds a quarter of a busy worker's time goes into looking for cycles among them.
-            gc.collect()
-            gc.freeze()
-            gc.set_threshold(50_000, 10, 10)
+            relax_collector()  # once more, with all that was imported for it
             await serving.run()
             for number in (signal.SIGTERM, signal.SIGINT):  # everything is handed back: one more changes nothing
                 loop.remove_signal_handler(number)

@@ -24,6 +24,7 @@ from .lines import MAX_LINE_BYTES, Intake, Line, Rejected
 Reader = Callable[[str, Intake, frozenset[str] | None, frozenset[str]], Iterator[Line | Rejected | None]]
 """(file, intake, columns that are wanted, fields that are no text) -> what the intake says of each row."""
 
+_READ_BYTES = 1 << 20
 _BATCH_ROWS = 256
 _COMPRESSED = (".gz", ".zst")
 
@@ -59,9 +60,9 @@ def open_lines(path: str) -> Iterator[IO[bytes]]:
     if path == "-":
         yield sys.stdin.buffer
         return
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=_READ_BYTES) as file:
         if path.endswith(".zst"):
-            yield io.BufferedReader(_Zstd(file), 1 << 20)
+            yield io.BufferedReader(_Zstd(file), _READ_BYTES)
         elif path.endswith(".gz"):
             with gzip.open(file, "rb") as lines:
                 yield lines  # type: ignore[misc]  # a BufferedIOBase

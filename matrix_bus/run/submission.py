@@ -183,7 +183,11 @@ async def _unwrapped_group() -> AsyncIterator[asyncio.TaskGroup]:
         raise first
 
 
-async def _each(lines: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
+def _each(lines: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
+    return lines if isinstance(lines, AsyncGenerator) else _generated(lines)
+
+
+async def _generated(lines: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
     if isinstance(lines, AsyncIterable):
         async for line in lines:
             yield line
