@@ -47,6 +47,11 @@ def outcome_subject(run: str, n: int, generation: int) -> str:
     return f"out.{run}.{n}.{generation}"
 
 
+def row_in(subject: str) -> int:
+    """The row number in the subject of a row's or a hop's message."""
+    return int(subject.split(".")[3])
+
+
 def row_of(subject: str) -> int:
     """The row number in an outcome's subject."""
     return int(subject.split(".")[2])

@@ -18,6 +18,7 @@ class Delivery:
         "body",
         "deadline",
         "deliveries",
+        "doubtful",
         "generation",
         "hop",
         "lease",
@@ -54,6 +55,8 @@ class Delivery:
         """Somebody may have handled it before: a restarted broker forgets delivery counts, so age counts too."""
         self.noted = int(message.header(HEADER_CRASHES) or 0)
         """Crashes of workers that were noted of this hop when it was suspected last."""
+        self.doubtful = False
+        """Whether it may have been given to somebody else since it came: the row may be elsewhere, or at its end."""
         self.running = False
         """True while the handler is at work: then this process owns the hop."""
         self.beat_at = now

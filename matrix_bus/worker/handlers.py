@@ -7,7 +7,7 @@ import atexit
 import contextlib
 import contextvars
 import multiprocessing
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -19,8 +19,6 @@ from ..errors import HandlerError, WorkerCrashed
 from ..llm import LLM
 from ..orchestrator import Orchestrator, decode, encode
 
-MakeLLM = Callable[[], LLM]
-
 
 class Executors:
     """Threads and processes for plain `def` handlers, started when first used."""
@@ -30,11 +28,11 @@ class Executors:
         self._threads: ThreadPoolExecutor | None = None
         self._processes: ProcessPoolExecutor | None = None
 
-    async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+    def in_thread(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self._sizes[0], thread_name_prefix="matrix-bus-handler")
         context = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, context.run, function, *args)
+        return asyncio.get_running_loop().run_in_executor(self._threads, context.run, function, *args)
 
     async def in_process(self, function: Callable[..., Any], *args: Any) -> Any:
         """Raises `WorkerCrashed` if the process died, whose other work is lost and retried too."""
@@ -76,19 +74,21 @@ class Caller:
         self._trials = trials
         self._config = available.get(flow.config)
         self._llm_names = [name for name, kind in role.parameters if kind is LLM]
+        self.wants_llm = bool(self._llm_names) and role.mode != "process"
+        """Whether `begin` is to be given one."""
         self._fixed: dict[str, Any] = {}
         if role.mode != "process":
             self._fixed = {name: available[kind] for name, kind in role.parameters if kind is not LLM}
 
-    async def __call__(self, message: Orchestrator, make_llm: MakeLLM) -> tuple[Next | Outcome, bytes]:
-        """(what the handler decided, the state as it left it).
+    def begin(self, message: Orchestrator, llm: LLM | None) -> tuple[Row[Any] | None, Awaitable[Any]]:
+        """(the row, None where it is in another process; what is awaited for `end`). Raises `RowError`.
 
-        Raises whatever the handler raises, `HandlerError` if it returned neither a `Next` nor an `Outcome`.
+        Two plain functions, so that a handler at work has one coroutine less around it: there may be 50 000 of them.
         """
         role = self._role
         if role.mode == "process":
             config = msgspec.json.encode(self._config)
-            result, state = await self._executors.in_process(
+            return None, self._executors.in_process(
                 _call_in_process,
                 self._flow.spec,
                 self._flow.code_hash,
@@ -97,18 +97,19 @@ class Caller:
                 self._trials,
                 config,
             )
-        else:
-            row: Row[Any] = Row(message, self._flow.decode_state(message.state, self._store), self._trials, self._store)
-            arguments: dict[str, Any] = self._fixed
-            if self._llm_names:
-                llm = make_llm()
-                arguments = self._fixed | dict.fromkeys(self._llm_names, llm)
-            if role.mode == "async":
-                result = await role.handler(row, **arguments)
-            else:
-                result = await self._executors.in_thread(lambda: role.handler(row, **arguments))
-            state = encode_state(row.state)
-        return role.decided(result, self._flow.roles), state
+        row: Row[Any] = Row(message, self._flow.decode_state(message.state, self._store), self._trials, self._store)
+        arguments = self._fixed | dict.fromkeys(self._llm_names, llm) if self._llm_names else self._fixed
+        if role.mode == "async":
+            return row, role.handler(row, **arguments)
+        return row, self._executors.in_thread(lambda: role.handler(row, **arguments))
+
+    def end(self, row: Row[Any] | None, returned: Any) -> tuple[Next | Outcome, bytes]:
+        """(what the handler decided, the state as it left it).
+
+        Raises `HandlerError` if it returned neither a `Next` nor an `Outcome`.
+        """
+        result, state = returned if row is None else (returned, encode_state(row.state))
+        return self._role.decided(result, self._flow.roles), state
 
 
 def _call_in_process(

@@ -22,11 +22,12 @@ class Lanes:
         pools: Mapping[str, Pool],
         weight: float,
         pump: Pump,
-        receive: Callable[[Message], None],
+        receive: Callable[[Share, Message], None],
     ) -> None:
+        """`receive` is given each message with what its slot is taken from."""
         self._bus = bus
         self._stream = work_stream(run)
-        self._shares = {role: Share(pool, weight=weight) for role, pool in pools.items()}
+        self._shares = {role: Share(pool, role, weight=weight) for role, pool in pools.items()}
         self._pump = pump
         self._receive = receive
 
@@ -43,14 +44,11 @@ class Lanes:
     def roles(self) -> list[str]:
         return list(self._shares)
 
-    def share(self, role: str) -> Share:
-        """What the role's deliveries take their slots from."""
-        return self._shares[role]
-
     async def open(self) -> None:
         """Begins to ask for messages. Raises `BusError`."""
         for role, share in self._shares.items():
-            lane = Lane(self._bus, self._stream, role, self._receive, functools.partial(self._low, share))
+            receive = functools.partial(self._receive, share)
+            lane = Lane(self._bus, self._stream, role, receive, functools.partial(self._low, share))
             await lane.open()
             share.lane = lane
             self._pump.add(share)

@@ -7,6 +7,8 @@ ack is sent only after what makes the message unnecessary is stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..bus import FIRST_WAIT_S, Bus, Headers, fence, fence_lines, is_lost_race, note_refusal, patiently, pause
 from ..errors import BusError, BusTimeout, BusUnavailable, PublishRefused, RowError
 from ..metrics import DEAD_LETTERS
@@ -34,14 +36,12 @@ log = logger("worker")
 class Moves:
     """The protocol for one run. Every method returns only when its last step is sent or somebody else did it."""
 
-    def __init__(self, bus: Bus, run: str) -> None:
+    def __init__(self, bus: Bus, run: str, doubts: Callable[[Delivery], bool] = lambda _: False) -> None:
+        """`doubts` says of a delivery whether others may have been given it meanwhile."""
         self._bus = bus
+        self._doubts = doubts
         self._run = run
         self._work = work_stream(run)
-
-    async def last_sequence(self) -> int:
-        """Sequence of the newest message of the work stream."""
-        return await patiently(self._bus, lambda: self._bus.last_sequence(self._work))
 
     async def is_last(self, delivery: Delivery) -> bool:
         """True if the delivery is the newest message of its row: nobody has moved the row on.
@@ -85,6 +85,8 @@ class Moves:
 
         Raises `RowError` if the broker will never take it.
         """
+        if self._doubts(delivery) and not await self.is_current(delivery, message.generation):
+            return False
         subject = hop_subject(self._run, message.role, message.n, message.hop)
         headers = fence_lines(delivery.seq, family(self._run, message.n)) + f"{HEADER_LEASE}: {lease}\r\n"
         if message.generation:
@@ -106,6 +108,9 @@ class Moves:
 
         The new message counts its deliveries from one; `crashes` goes on counting those that ended with a worker.
         """
+        if self._doubts(delivery) and not await self.is_current(delivery, delivery.generation):
+            self.ack(delivery)
+            return 0
         subject = hop_subject(self._run, delivery.role, delivery.n, delivery.hop)
         place = (delivery.n, delivery.generation, delivery.hop, "after", delivery.seq)
         headers = {

@@ -22,6 +22,7 @@ class Share:
     """What one run has of the slots of a role."""
 
     pool: Pool
+    role: str = ""
     lane: Lane | None = None
     """None while the run is paused."""
     weight: float = 1.0

@@ -57,7 +57,7 @@ class Served:
         self._workflow = flow.name
         self._timeout_s = settings.timeout_s
         self._limits = record.config.limits
-        self._call = caller
+        self._caller = caller
         self._resolve = resolve
         self._cache = cache
         self._alias = record.config.alias_of(name, role.model)
@@ -68,31 +68,15 @@ class Served:
     async def handle(self, delivery: Delivery, message: Orchestrator) -> Handled:
         """Raises `CancelledError` if the worker stops; whatever else happens is returned."""
         message.calls += 1
-        llms: list[LLM] = []
-
-        def make_llm() -> LLM:
-            llm = LLM(
-                self._resolve,
-                self._alias,
-                self._sampling,
-                message.history,
-                role=message.role,
-                hop=message.hop,
-                attempt=message.attempt,
-                seed=message.seed,
-                session=f"{message.run}:{message.n}",
-                cache=self._cache,
-            )
-            llms.append(llm)
-            return llm
-
+        llm = self._llm(message) if self._caller.wants_llm else None
         started = time.monotonic()
         delivery.running = True
         most_s = min(self._timeout_s, limits.seconds_left(message, self._limits, time.time()))
         delivery.deadline = started + most_s
         self.stats.in_flight += 1
         try:
-            return await self._call(message, make_llm)
+            row, work = self._caller.begin(message, llm)
+            return self._caller.end(row, await work)
         except asyncio.CancelledError:
             if delivery.deadline == EXPIRED:
                 delivery.task.uncancel()
@@ -111,8 +95,22 @@ class Served:
             spent_s = time.monotonic() - started
             message.handler_s += spent_s
             self.stats.observe(spent_s)
-            for llm in llms:
+            if llm is not None:
                 self._account(message, llm)
+
+    def _llm(self, message: Orchestrator) -> LLM:
+        return LLM(
+            self._resolve,
+            self._alias,
+            self._sampling,
+            message.history,
+            role=message.role,
+            hop=message.hop,
+            attempt=message.attempt,
+            seed=message.seed,
+            session=f"{message.run}:{message.n}",
+            cache=self._cache,
+        )
 
     def _account(self, message: Orchestrator, llm: LLM) -> None:
         usage = llm.usage

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 
 import pytest
 
 from matrix_bus import Next, Outcome, Row, RunConfig, success, to
 from matrix_bus.broker import Broker
-from matrix_bus.bus import Bus, PubAck
+from matrix_bus.bus import Bus, Lane, Message, PubAck
 from matrix_bus.errors import BusTimeout
 from matrix_bus.orchestrator import (
     Orchestrator,
@@ -32,7 +33,11 @@ QUICK = RunConfig(ack_wait_s=1.0)
 
 
 async def empty(bus: Bus, record: RunRecord) -> bool:
-    return await messages(bus, work_stream(record.id)) == 0
+    return await all_but(bus, record, 0)
+
+
+async def all_but(bus: Bus, record: RunRecord, count: int) -> bool:
+    return await messages(bus, work_stream(record.id)) == count
 
 
 class Called:
@@ -104,12 +109,9 @@ async def test_a_confirmation_that_is_lost_while_others_take_the_row_to_its_end(
         found = await publish(self, subject, body, headers)
         if self is bus and not lost:
             lost.append(subject)
-            await until(lambda: all_but(1), "the row to end", 10)
+            await until(lambda: all_but(bus, record, 1), "the row to end", 10)
             raise BusTimeout("the connection was lost")
         return found
-
-    async def all_but(count: int) -> bool:
-        return await messages(bus, work_stream(record.id)) == count
 
     monkeypatch.setattr(Bus, "publish", unconfirmed)
     async with working(bus.url, flow):
@@ -119,6 +121,41 @@ async def test_a_confirmation_that_is_lost_while_others_take_the_row_to_its_end(
         moves.ack(delivery)
         await until(lambda: empty(bus, record), "the queue to be empty")
     assert called.calls == {"b": 1}
+
+
+async def test_two_faults_in_one_row(broker: Broker) -> None:
+    """A worker stands still for so long that its hop goes to another, which moves the row on and dies; it then ends.
+
+    The hop of the first is the row's last message again when it wakes up, and the fence would let its answer pass.
+    """
+    called, started, gate = Called(), asyncio.Event(), asyncio.Event()
+
+    async def wait(row: Row[Trip]) -> Next:
+        started.set()
+        await gate.wait()
+        return await called.a(row)
+
+    flow = trip(wait, called.b)
+    async with connected(broker.url) as bus, working(broker.url, flow, roles=["a"], slots=1):
+        record = await submitted(bus, flow, rows(1), QUICK)
+        await started.wait()
+        got: list[Message] = []
+        lane = Lane(bus, work_stream(record.id), "a", got.append)
+        await lane.open()
+        await lane.ask(1)
+        time.sleep(1.6)
+        await until(lambda: got, "the hop to be given to another")
+        taken = Delivery(got[0], 0, time.monotonic())
+        assert taken.deliveries == 2
+        following = advance(decode(taken.data), "b")
+        assert await Moves(bus, record.id).move(taken, following, encode(following), taken.lease)
+        async with working(broker.url, flow, roles=["b"]):
+            await until(lambda: all_but(bus, record, 1), "the row to end, but for the first hop")
+            gate.set()
+            await until(lambda: called.calls["a"], "the first worker's answer")
+            await until(lambda: empty(bus, record), "the queue to be empty")
+        assert await messages(bus, outcome_stream(record.id)) == 1
+    assert called.calls == {"a": 1, "b": 1}
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.005, 0.02, 0.1])

@@ -69,7 +69,7 @@ class FakeLane:
 def pool(capacity: int, *lanes: tuple[FakeLane, float], busy: int = 0) -> Pool:
     """The first lane's run is what keeps it busy."""
     made = Pool(capacity, busy)
-    made.shares = [Share(made, cast(Lane, lane), lane.weight, heard_at=heard_at) for lane, heard_at in lanes]
+    made.shares = [Share(made, "", cast(Lane, lane), lane.weight, heard_at=heard_at) for lane, heard_at in lanes]
     if made.shares:
         made.shares[0].busy = busy
     return made
@@ -167,7 +167,7 @@ def test_large_messages_are_asked_for_in_small_numbers() -> None:
 async def test_the_lanes_of_a_process_divide_what_may_be_under_way() -> None:
     pump, lanes = Pump(), [FakeLane() for _ in range(4)]
     slots = Pool(1000)
-    shares = [Share(slots, cast(Lane, lane)) for lane in lanes]
+    shares = [Share(slots, "", cast(Lane, lane)) for lane in lanes]
     running = asyncio.create_task(pump.run())
     try:
         for share in shares:
@@ -188,7 +188,7 @@ async def test_the_pump_asks_when_slots_get_free() -> None:
     slots = Pool(4)
     running = asyncio.create_task(pump.run())
     try:
-        pump.add(Share(slots, cast(Lane, lane)))
+        pump.add(Share(slots, "", cast(Lane, lane)))
         await asyncio.wait_for(lane.asked.wait(), 5)
         assert lane.outstanding == 4
         lane.outstanding, slots.busy = 0, 4
@@ -530,30 +530,31 @@ def row(todo: str = "", role: str = "burn") -> Orchestrator:
     return admit(RowMessage(msgspec.Raw(state), "a", 42, 1.0), "r1", 7, role, state, 2.0)
 
 
-def no_model() -> LLM:
-    raise AssertionError("this handler asks for no model")
+async def called(caller: Caller, message: Orchestrator, llm: LLM | None = None) -> tuple[Next | Outcome, bytes]:
+    row, work = caller.begin(message, llm)
+    return caller.end(row, await work)
 
 
 async def test_a_process_handler_runs_elsewhere(flow: Workflow[Any], executors: Executors) -> None:
     config = flow.parse_config({"factor": 5})
     call = Caller(flow, flow.roles["burn"], {flow.config: config}, executors, trials=2)
-    result, state = await call(row(), no_model)
+    result, state = await called(call, row())
     assert result == Next("burn")
     found = flow.decode_state(state)
     assert found.pid not in (0, os.getpid())
     assert found.seen == [1, 1, 5]
-    _, state = await call(row(), no_model)
+    _, state = await called(call, row())
     assert flow.decode_state(state).pid == found.pid, "one process serves many rows"
     with pytest.raises(ValueError, match="no"):
-        await call(row("raise"), no_model)
+        await called(call, row("raise"))
 
 
 async def test_a_process_that_dies_is_replaced(flow: Workflow[Any], executors: Executors) -> None:
     call = Caller(flow, flow.roles["burn"], {flow.config: flow.parse_config({})}, executors, trials=1)
     with pytest.raises(WorkerCrashed, match="killed, or out of memory"):
-        await call(row("die"), no_model)
+        await called(call, row("die"))
     assert WorkerCrashed.transient
-    _, state = await call(row(), no_model)
+    _, state = await called(call, row())
     assert flow.decode_state(state).pid not in (0, os.getpid())
 
 
@@ -566,7 +567,7 @@ async def test_a_thread_handler_leaves_the_loop_free(executors: Executors) -> No
         assert let_go.wait(10)
         return threading.current_thread().name
 
-    call = asyncio.create_task(executors.in_thread(handler))
+    call = asyncio.ensure_future(executors.in_thread(handler))
     await asyncio.wait_for(started.wait(), 5)
     assert not call.done()
     let_go.set()
@@ -613,8 +614,8 @@ async def test_the_state_comes_back_as_the_handler_left_it(executors: Executors)
         return success("fine")
 
     here = msgspec.json.encode({"todo": threading.current_thread().name})
-    assert await noted(on_the_loop, executors)(row(), no_model) == (success("fine"), here)
-    result, state = await noted(in_a_thread, executors)(row(), no_model)
+    assert await called(noted(on_the_loop, executors), row()) == (success("fine"), here)
+    result, state = await called(noted(in_a_thread, executors), row())
     assert result == success("fine")
     assert state != here
 
@@ -626,10 +627,9 @@ async def test_all_models_that_a_handler_asks_for_are_one(executors: Executors) 
         seen.extend([llm, other])
         return success()
 
-    def make() -> LLM:
-        return LLM(cast(Any, None), "default", Sampling(), [], "burn", 1, 1, 42)
-
-    await noted(handler, executors)(row(), make)
+    caller = noted(handler, executors)
+    assert caller.wants_llm
+    await called(caller, row(), LLM(cast(Any, None), "default", Sampling(), [], "burn", 1, 1, 42))
     assert seen[0] is seen[1]
 
 
@@ -639,7 +639,7 @@ async def test_a_handler_returns_a_decision(executors: Executors, value: Any, sa
         return value
 
     with pytest.raises(HandlerError, match=f"role 'burn' .*{said}"):
-        await noted(handler, executors)(row(), no_model)
+        await called(noted(handler, executors), row())
 
 
 async def test_the_pump_ends_when_it_is_cancelled_in_the_moment_it_is_woken() -> None:
