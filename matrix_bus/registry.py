@@ -30,7 +30,6 @@ _KEYS = f"KV_{BUCKET}"
 DEAD = "mb_dead"
 """Stream of messages that nobody could read, with the reason in a header."""
 
-LEASE_ACK_WAIT_S = 300.0
 _RELIST_S = 2.0
 _NS = 1_000_000_000
 
@@ -196,7 +195,7 @@ async def create(bus: Bus, record: RunRecord) -> None:
         await answers.prepare(bus, replicas)
     await admit_at_most(bus, record)
     for role in record.roles:
-        await _consumer(bus, record.id, role, [record.config.ack_wait_s], -1)
+        await _consumer(bus, record, role, -1)
     record.created_at = record.created_at or time.time()
     try:
         await patiently(bus, lambda: bus.publish(_key(record.id), msgspec.json.encode(record), fence(0)))
@@ -209,23 +208,11 @@ async def create(bus: Bus, record: RunRecord) -> None:
 
 async def admit_at_most(bus: Bus, record: RunRecord) -> None:
     """Makes the broker keep to the record's `max_in_flight`; rows that are under way go on."""
-    await _consumer(bus, record.id, LEASE_ROLE, _lease_waits_s(record.config.ack_wait_s), record.max_in_flight)
+    await _consumer(bus, record, LEASE_ROLE, record.max_in_flight)
 
 
-def _lease_waits_s(ack_wait_s: float) -> list[float]:
-    """AckWait of row messages, delivery by delivery.
-
-    A row whose worker dies before it has set the row off comes back soon, also if that happens a second and a third
-    time; one that travels is asked about ever more seldom, since each time costs a refused publish.
-    """
-    waits_s = [ack_wait_s]
-    while waits_s[-1] < LEASE_ACK_WAIT_S:
-        waits_s.append(min(LEASE_ACK_WAIT_S, ack_wait_s * 2.0 ** (len(waits_s) - 1)))
-    return waits_s
-
-
-async def _consumer(bus: Bus, run: str, role: str, waits_s: list[float], max_ack_pending: int) -> None:
-    """`waits_s` is AckWait after the first, second, … delivery; the last holds for all that follow."""
+async def _consumer(bus: Bus, record: RunRecord, role: str, max_ack_pending: int) -> None:
+    run = record.id
     await bus.api(
         f"CONSUMER.CREATE.{work_stream(run)}.{role}.q.{run}.{role}.*.*",
         {
@@ -235,8 +222,7 @@ async def _consumer(bus: Bus, run: str, role: str, waits_s: list[float], max_ack
                 "name": role,
                 "filter_subject": f"q.{run}.{role}.*.*",
                 "ack_policy": "explicit",
-                "ack_wait": int(waits_s[0] * _NS),
-                **({"backoff": [int(wait_s * _NS) for wait_s in waits_s]} if len(waits_s) > 1 else {}),
+                "ack_wait": int(record.config.ack_wait_s * _NS),
                 "max_deliver": -1,  # a finite one strands messages
                 "max_ack_pending": max_ack_pending,
                 "max_waiting": 16_384,

@@ -183,3 +183,7 @@ class Bus(Connection):
     def nak(self, ack_subject: str) -> None:
         """Hands a delivery back for immediate redelivery. Raises `BusError`."""
         self.write((pub(ack_subject, "-NAK"),))
+
+    def put_aside(self, ack_subject: str, seconds: float) -> None:
+        """Has a delivery come again only after so long, and count as under way until then. Raises `BusError`."""
+        self.write((pub(ack_subject, f'-NAK {{"delay":{seconds * 1e9:.0f}}}'),))

@@ -29,6 +29,8 @@ from ..telemetry import logger
 from .delivery import Delivery
 
 _LEASE_TRIES = 5
+_ASIDE_S = 300.0
+"""How long a row that travels keeps its lease before somebody looks whether its end was missed."""
 
 log = logger("worker")
 
@@ -181,6 +183,13 @@ class Moves:
                 wait_s = await pause(self._bus, wait_s)
         await self.free(delivery, lease)
         return stored
+
+    def put_aside(self, lease: str) -> None:
+        """Keeps the row's lease, and has it come again much later: the row travels, be it by somebody else's move.
+
+        Until then AckWait runs, which is short, so that a row comes back soon whose worker dies before setting it off.
+        """
+        self._bus.put_aside(lease, _ASIDE_S)
 
     async def free(self, delivery: Delivery, lease: str) -> None:
         """Acks the row's lease and then the delivery, because an outcome exists.

@@ -166,6 +166,7 @@ class Session:
     def _receive(self, share: Share, message: Message) -> None:
         now = self.touched_at = share.heard_at = time.monotonic()
         if share.role == LEASE_ROLE and self._is_here(message):
+            self._moves.put_aside(message.reply)
             self._pump.touch(share.pool)
             return
         delivery = Delivery(message, self._horizon.end(now), now)
@@ -184,10 +185,7 @@ class Session:
         delivery.task = self._loop.create_task(self._settle(delivery, work))
 
     def _is_here(self, message: Message) -> bool:
-        """Whether it is a lease that has run out of a row of which a hop is held.
-
-        It comes again later, and nothing has to be looked up. Of 50 000 rows that wait, thousands a second.
-        """
+        """Whether it is a lease that has come again, of a row of which a hop is held: nothing has to be looked up."""
         deliveries, _ = delivery_facts(message.reply)
         return deliveries > 1 and row_in(message.subject) in self._travelling
 
@@ -254,6 +252,7 @@ class Session:
             return
         if await self._moves.move(delivery, message, body, delivery.ack_subject):
             metrics.ADMITTED.labels(self.flow.name).inc()
+        self._moves.put_aside(delivery.ack_subject)
 
     # --- hops ---------------------------------------------------------------------------------------------------
 

@@ -295,7 +295,7 @@ async def test_a_handler_may_ask_to_be_called_again(bus: Bus) -> None:
             assert b'"path":["a","b"]' in bytes(outcome.state)
 
 
-async def test_an_expired_lease_of_a_row_that_is_here_is_not_looked_up(
+async def test_a_lease_that_comes_again_of_a_row_that_is_here_is_not_looked_up(
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_up: list[int] = []
@@ -306,18 +306,44 @@ async def test_an_expired_lease_of_a_row_that_is_here_is_not_looked_up(
         return await original(self, n, generation)
 
     monkeypatch.setattr(Moves, "has_outcome", counting)
+    monkeypatch.setattr("matrix_bus.worker.moves._ASIDE_S", 0.3)
 
-    async def expired_twice() -> bool:
+    async def came_twice() -> bool:
         return bool((await consumer(bus, work_stream(record.id), LEASE_ROLE))["delivered"]["consumer_seq"] >= 3)
 
-    async def wait_for_two_expiries(row: Row[Trip]) -> Next:
-        await until(expired_twice, "two expiries of the lease", 15)
+    async def wait_for_the_lease(row: Row[Trip]) -> Next:
+        await until(came_twice, "the lease to come twice more", 15)
         return to("b")
 
-    flow = trip(wait_for_two_expiries)
+    flow = trip(wait_for_the_lease)
     record = await submitted(bus, flow, rows(1), RunConfig(ack_wait_s=1.0))
     async with working(bus.url, flow):
         await until(lambda: looked_up, "the admission")
         (outcome,) = await all_outcomes(bus, record)
     assert (outcome.outcome, outcome.attempts) == ("success", 2)
-    assert looked_up == [0], "by the admission, and by no expiry"
+    assert looked_up == [0], "by the admission, and not when it came again"
+
+
+async def test_the_lease_of_a_row_that_travels_does_not_come_again_and_counts(bus: Bus) -> None:
+    """AckWait is for rows that nobody sets off; what travels is put aside, and is in flight all the same."""
+    gate = asyncio.Event()
+
+    async def wait(row: Row[Trip]) -> Next:
+        await gate.wait()
+        return to("b")
+
+    flow = trip(wait)
+    record = await submitted(bus, flow, rows(3), RunConfig(ack_wait_s=1.0, max_in_flight=2))
+    async with working(bus.url, flow), working(bus.url, flow):
+        await asyncio.sleep(2.5)
+        leases = await consumer(bus, work_stream(record.id), LEASE_ROLE)
+        assert (leases["delivered"]["consumer_seq"], leases["num_ack_pending"], leases["num_pending"]) == (2, 2, 1)
+        gate.set()
+        assert [outcome.outcome for outcome in await all_outcomes(bus, record)] == ["success"] * 3
+        await until(partial(_is_empty, bus, record), "all leases to be acked")
+
+
+async def test_a_row_whose_worker_dies_before_it_sets_off_comes_back_soon_each_time(bus: Bus) -> None:
+    record = await submitted(bus, trip(), rows(1), RunConfig(ack_wait_s=1.0))
+    deliveries = [(await take(bus, record, LEASE_ROLE)).deliveries for _ in range(4)]
+    assert deliveries == [1, 2, 3, 4]
