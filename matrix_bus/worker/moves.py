@@ -7,6 +7,7 @@ ack is sent only after what makes the message unnecessary is stored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from ..bus import FIRST_WAIT_S, Bus, Headers, fence, fence_lines, is_lost_race, note_refusal, patiently, pause
@@ -184,12 +185,12 @@ class Moves:
         await self.free(delivery, lease)
         return stored
 
-    def put_aside(self, lease: str) -> None:
-        """Keeps the row's lease, and has it come again much later: the row travels, be it by somebody else's move.
+    def put_aside(self, lease: str, seconds: float = math.inf) -> None:
+        """Keeps the row's lease, and has it come again later, after five minutes at most: the row travels.
 
         Until then AckWait runs, which is short, so that a row comes back soon whose worker dies before setting it off.
         """
-        self._bus.put_aside(lease, _ASIDE_S)
+        self._bus.put_aside(lease, min(seconds, _ASIDE_S))
 
     async def free(self, delivery: Delivery, lease: str) -> None:
         """Acks the row's lease and then the delivery, because an outcome exists.

@@ -252,7 +252,10 @@ class Session:
             return
         if await self._moves.move(delivery, message, body, delivery.ack_subject):
             metrics.ADMITTED.labels(self.flow.name).inc()
-        self._moves.put_aside(delivery.ack_subject)
+            self._moves.put_aside(delivery.ack_subject)
+        else:  # set off by somebody else: it may have ended without its lease, so it is asked about soon, then seldom
+            wait_s = self.record.config.ack_wait_s * 2.0 ** min(delivery.deliveries - 1, 10)
+            self._moves.put_aside(delivery.ack_subject, wait_s)
 
     # --- hops ---------------------------------------------------------------------------------------------------
 
