@@ -38,6 +38,7 @@ _ROOT = Path(__file__).parents[1]
 _ENV = {**os.environ, "PYTHONPATH": str(_ROOT)}
 FORMS = ("jsonl", "jsonl.gz", "jsonl.zst", "csv", "parquet")
 _LOOKS = 100
+_LOOK_S = 0.05
 
 
 class Page(State):
@@ -131,23 +132,26 @@ def submit_all(url: str, path: Path, rows: int, shards: int) -> dict[str, Any]:
     """Submits a dataset with as many processes of the real command, and asks the broker for what has come."""
     command = [sys.executable, "-m", "matrix_bus", "submit", str(path), "-w", __file__, "--server", url, "--detach"]
     command += ["--run", "intake", f"io.queue_messages={10 * rows}"]
-    children = [
-        subprocess.Popen(
-            [*command, "--shard", f"{i}/{shards}"], cwd=path.parent, env=_ENV, stderr=subprocess.PIPE, text=True
-        )
-        for i in range(1, shards + 1)
-    ]
-    seconds, cpu_s, rss_kib = [], 0.0, 0
-    for child in children:
-        assert child.stderr is not None
-        said = child.stderr.read()
+    logs = [path.with_name(f"submit-{i}.log") for i in range(1, shards + 1)]
+    started = []  # kept, since one that is dropped is waited for by the interpreter
+    for i, log in enumerate(logs, 1):
+        with log.open("wb") as said:
+            words = [*command, "--shard", f"{i}/{shards}"]
+            started.append(subprocess.Popen(words, cwd=path.parent, env=_ENV, stderr=said))
+    children = [psutil.Process(one.pid) for one in started]
+    cpu_s = rss_mib = 0.0
+    while alive := [child for child in children if child.status() != psutil.STATUS_ZOMBIE]:
+        # Looked at, since what the system notes as the most ever held counts the process that it was forked from.
+        rss_mib = max(rss_mib, *(child.memory_info().rss / (1 << 20) for child in alive))
+        time.sleep(_LOOK_S)
+    seconds = []
+    for child, log in zip(children, logs, strict=True):
         _, status, used = os.wait4(child.pid, 0)
-        if status or not (found := re.search(r"submitted in ([\d.]+) s", said)):
-            raise SystemExit(f"a submitter ended with {status}: {said[-2000:]}")
+        if status or not (found := re.search(r"submitted in ([\d.]+) s", log.read_text())):
+            raise SystemExit(f"a submitter ended with {status}: {log.read_text()[-2000:]}")
         seconds.append(float(found[1]))
         cpu_s += used.ru_utime + used.ru_stime
-        rss_kib = max(rss_kib, used.ru_maxrss)
-    return {"seconds": max(seconds), "cpu_s": cpu_s, "rss_mib": rss_kib / 1024, "total": asyncio.run(_total(url))}
+    return {"seconds": max(seconds), "cpu_s": cpu_s, "rss_mib": rss_mib, "total": asyncio.run(_total(url))}
 
 
 async def _total(url: str) -> int | None:
