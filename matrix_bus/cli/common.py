@@ -109,7 +109,6 @@ def relax_collector() -> None:
     A hop or a submitted row makes hundreds of objects that outlive a young collection and no cycles: with the default
     thresholds a quarter of a busy worker's time goes into looking for cycles among them.
     """
-    gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import contextvars
 import threading
-from collections import deque
 from collections.abc import AsyncGenerator, Generator
 
 from .lines import Line, Rejected
@@ -45,8 +44,7 @@ class _Reader:
         self._lines = lines
         self._loop = asyncio.get_running_loop()
         self._changed = threading.Condition()
-        self._ready = deque[Line | Rejected]()
-        """Written by the thread, emptied by the loop, without the lock."""
+        self._ready: list[Line | Rejected] = []
         self._quota = self._quota_bytes = 0
         """What may still be read of what was asked for."""
         self._waiter: asyncio.Future[None] | None = None
@@ -57,25 +55,23 @@ class _Reader:
 
     async def next_batch(self) -> list[Line | Rejected]:
         """What there is, at least one line; nothing at the end. Raises what the generator raised."""
-        if not self._ready and not self._ended:
-            await self._ask()
-        batch = [self._ready.popleft() for _ in range(len(self._ready))]
-        if not batch and self._error is not None:
-            raise self._error
-        return batch
-
-    async def _ask(self) -> None:
-        """Returns when there is a line, or never will be."""
-        waiter = self._loop.create_future()
-        with self._changed:
-            if self._ready or self._ended:
-                return
-            self._quota, self._quota_bytes = _AHEAD, _AHEAD_BYTES
-            self._waiter, self._is_late = waiter, False
-            self._changed.notify()
-        timer = self._loop.call_later(_PATIENCE_S, self._hurry)
-        await waiter
-        timer.cancel()
+        while True:
+            with self._changed:
+                if self._ready:
+                    batch, self._ready = self._ready, []
+                    return batch
+                if self._ended:
+                    if self._error is not None:
+                        raise self._error
+                    return []
+                self._quota, self._quota_bytes, self._is_late = _AHEAD, _AHEAD_BYTES, False
+                self._waiter = waiter = self._loop.create_future()
+                self._changed.notify()
+            timer = self._loop.call_later(_PATIENCE_S, self._hurry)
+            try:
+                await waiter
+            finally:
+                timer.cancel()
 
     def _hurry(self) -> None:
         with self._changed:
@@ -93,8 +89,7 @@ class _Reader:
         """The thread's work."""
         error: BaseException | None = None
         try:
-            self._wait_for_quota()
-            while not self._ended and (line := next(self._lines, None)) is not None:
+            while self._is_asked() and (line := next(self._lines, None)) is not None:
                 self._give(line)
         except BaseException as raised:  # it belongs to whoever waits for lines
             error = raised
@@ -105,21 +100,24 @@ class _Reader:
             self._ended = True
             self._wake()
 
-    def _wait_for_quota(self) -> None:
+    def _is_asked(self) -> bool:
+        """Waits for it; False at the end."""
         with self._changed:
-            while not self._ended and (self._quota <= 0 or self._quota_bytes <= 0):
+            while not self._ended and self._is_spent:
                 self._changed.wait()
+            return not self._ended
 
     def _give(self, line: Line | Rejected) -> None:
-        self._ready.append(line)
-        self._quota -= 1
-        self._quota_bytes -= len(line.body) if isinstance(line, Line) else 0
-        is_spent = self._quota <= 0 or self._quota_bytes <= 0
-        if is_spent or self._is_late:
-            with self._changed:
+        with self._changed:
+            self._ready.append(line)
+            self._quota -= 1
+            self._quota_bytes -= len(line.body) if isinstance(line, Line) else 0
+            if self._is_late or self._is_spent:
                 self._wake()
-        if is_spent:
-            self._wait_for_quota()
+
+    @property
+    def _is_spent(self) -> bool:
+        return self._quota <= 0 or self._quota_bytes <= 0
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None

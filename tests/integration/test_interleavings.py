@@ -143,7 +143,7 @@ async def test_two_faults_in_one_row(broker: Broker) -> None:
         lane = Lane(bus, work_stream(record.id), "a", got.append)
         await lane.open()
         await lane.ask(1)
-        time.sleep(1.6)
+        time.sleep(1.6)  # the whole process, the first worker in it, neither hears nor says anything
         await until(lambda: got, "the hop to be given to another")
         taken = Delivery(got[0], 0, time.monotonic())
         assert taken.deliveries == 2

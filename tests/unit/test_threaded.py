@@ -11,6 +11,7 @@ from collections.abc import Generator
 import pytest
 
 from matrix_bus.dataset import Line, Rejected, in_thread
+from matrix_bus.dataset.threaded import _Reader
 
 Rows = Generator[Line | Rejected, None, None]
 
@@ -55,6 +56,29 @@ async def test_a_line_is_given_out_while_the_next_one_does_not_come() -> None:
     assert (await third) == line(2)
     with pytest.raises(StopAsyncIteration):
         await anext(lines)
+
+
+async def test_a_wake_up_without_a_line_is_not_the_end() -> None:
+    """It would cut the dataset off, and the run would be sealed with what had come."""
+    gate = threading.Event()
+
+    def late() -> Rows:
+        gate.wait(20)
+        yield line(0)
+
+    reader = _Reader(late())
+    thread = threading.Thread(target=reader.read)
+    thread.start()
+    first = asyncio.ensure_future(reader.next_batch())
+    for _ in range(3):
+        await asyncio.sleep(0.01)
+        with reader._changed:
+            reader._wake()
+    await asyncio.sleep(0.01)
+    assert not first.done()
+    gate.set()
+    assert [await first, await reader.next_batch()] == [[line(0)], []]
+    thread.join(5)
 
 
 async def test_what_was_read_comes_before_the_error() -> None:
