@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from .. import metrics
@@ -15,27 +15,13 @@ from ..llm import LLM, ModelPool
 from ..orchestrator import Orchestrator
 from ..registry import RunRecord
 from . import limits
+from .deadlines import EXPIRED, Deadlines
 from .delivery import Delivery
 from .handlers import Caller
-
-_SWEEP_S = 0.5
-EXPIRED = -1.0
-"""The deadline of a delivery whose handler was ended because its time was up."""
 
 Resolve = Callable[[str | None], ModelPool]
 Handled = tuple[Next | Outcome | Exception, bytes]
 """What the handler decided, or what went wrong; and the state as it left it."""
-
-
-async def watch_deadlines(held: Mapping[int, Delivery]) -> None:
-    """Ends handlers whose time is up, until it is cancelled. A timer for each would cost more than it ends."""
-    while True:
-        await asyncio.sleep(_SWEEP_S)
-        now = time.monotonic()
-        for delivery in list(held.values()):
-            if 0.0 < delivery.deadline < now:
-                delivery.deadline = EXPIRED
-                delivery.task.cancel()
 
 
 class Served:
@@ -47,6 +33,7 @@ class Served:
         flow: Workflow[Any],
         name: str,
         caller: Caller,
+        deadlines: Deadlines,
         resolve: Resolve,
         cache: Answers | None,
     ) -> None:
@@ -58,6 +45,7 @@ class Served:
         self._timeout_s = settings.timeout_s
         self._limits = record.config.limits
         self._caller = caller
+        self._deadlines = deadlines
         self._resolve = resolve
         self._cache = cache
         self._alias = record.config.alias_of(name, role.model)
@@ -72,7 +60,7 @@ class Served:
         started = time.monotonic()
         delivery.running = True
         most_s = min(self._timeout_s, limits.seconds_left(message, self._limits, time.time()))
-        delivery.deadline = started + most_s
+        self._deadlines.begin(delivery, started + most_s)
         self.stats.in_flight += 1
         try:
             row, work = self._caller.begin(message, llm)

@@ -34,6 +34,7 @@ from ..orchestrator import (
 from ..payload import Payloads
 from ..registry import RunRecord
 from . import limits
+from .deadlines import Deadlines
 from .delivery import Delivery
 from .failure import backoff_s, describe, reason_of
 from .handlers import Caller, Executors
@@ -44,7 +45,7 @@ from .moves import Moves
 from .offload import Offload
 from .ownership import Ownership
 from .pulling import Pool, Pump, Share
-from .served import Resolve, Served, watch_deadlines
+from .served import Resolve, Served
 from .suspects import Suspects
 
 _GIVE_BACK_S = 2.0
@@ -79,6 +80,7 @@ class Session:
         self._stop_rule = limits.StopRule(bus, record.id, record.config.limits)
         self._held: dict[int, Delivery] = {}
         """By stream sequence."""
+        self._deadlines = Deadlines(self._held)
         self._wheel = Wheel(bus, record.config.ack_wait_s, self._was_stopped)
         self._horizon = Horizon(bus, work_stream(record.id), self._wheel, self._held)
         self._moves = Moves(bus, record.id, self._horizon.doubts)
@@ -99,6 +101,7 @@ class Session:
                 flow,
                 name,
                 Caller(flow, flow.roles[name], available, executors, record.config.trials, self._offload.store),
+                self._deadlines,
                 resolve,
                 cache,
             )
@@ -111,7 +114,7 @@ class Session:
         await self._horizon.note()
         self._stack.callback(self._bus.on_reconnect(self._reconnected))
         self._stack.push_async_callback(await self._ownership.listen())
-        for beside in (self._wheel.turn(), watch_deadlines(self._held)):
+        for beside in (self._wheel.turn(), self._deadlines.watch()):
             self._stack.callback(self._loop.create_task(beside, name=f"beside {self.record.id}").cancel)
         await self._lanes.open()
 
