@@ -307,7 +307,8 @@ class Connection:
         try:
             found = read(subject, message)
         except Exception as error:
-            future.set_exception(error)
+            # Its traceback holds this frame, which holds the future, which would hold it: a cycle at each refusal.
+            future.set_exception(error.with_traceback(None))
         else:
             future.set_result(found)
 

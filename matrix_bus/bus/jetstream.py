@@ -22,7 +22,7 @@ from .wire import (
     get_reply,
     parse_headers,
     pub,
-    sequence_in,
+    standing,
 )
 
 _NEVER = (1 << 63) - 1
@@ -110,13 +110,9 @@ class Bus(Connection):
         has everything that was confirmed, where a cluster lets one that has just taken over answer reads before it
         has caught up. Raises `PublishRefused`, `BusTimeout`.
         """
-        try:
-            await self.publish(subject, b"", fence(_NEVER, within))
-        except PublishRefused as error:
-            if (found := sequence_in(error)) is not None:
-                return found
-            raise
-        raise BusError(f"the broker took a message on {subject} that it had to refuse: is it a stream's subject?")
+        if self._closing or not self._up.is_set():
+            await self.wait_connected()
+        return await self.ask(subject, b"", fence(_NEVER, within), standing)
 
     async def last_sequence(self, stream: str) -> int:
         """Sequence of the stream's newest message, 0 if it never had one."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import msgspec
 from msgspec import Struct
 
-from ..errors import NobodyListens, PublishRefused
+from ..errors import BusError, NobodyListens, PublishRefused
 
 # JetStream's err_code values (server/errors.json of nats-server).
 WRONG_LAST_SEQUENCE = 10071
@@ -123,7 +123,21 @@ def confirmation(subject: str, reply: Message) -> PubAck:
     return found
 
 
+def standing(subject: str, reply: Message) -> int:
+    """The sequence that a fence which cannot hold was refused with: no error, since that is what was asked for.
+
+    Raises `PublishRefused` for another refusal, `BusError` if the message was stored.
+    """
+    error = _pub_ack.decode(answer(subject, reply).body).error
+    if error is None:
+        raise BusError(f"the broker took a message on {subject} that it had to refuse: is it a stream's subject?")
+    if error.err_code == WRONG_LAST_SEQUENCE and (found := _WRONG_LAST.search(error.description)):
+        return int(found[1])
+    raise PublishRefused(subject, error.err_code, error.description)
+
+
 _EXPECTED = "Nats-Expected-Last-Subject-Sequence"
+_WRONG_LAST = re.compile(r"wrong last sequence: (\d+)")
 
 
 def fence(last: int, on: str = "") -> dict[str, str]:
@@ -142,12 +156,6 @@ def fence_lines(last: int, on: str) -> str:
 def is_lost_race(error: PublishRefused) -> bool:
     """True if the fence or the guard refused: the subject has moved on since the sequence that was expected."""
     return error.code == WRONG_LAST_SEQUENCE
-
-
-def sequence_in(error: PublishRefused) -> int | None:
-    """The sequence that a refusing fence found, if it says so."""
-    found = re.search(r"wrong last sequence: (\d+)", error.description) if is_lost_race(error) else None
-    return int(found[1]) if found else None
 
 
 def delivery_facts(ack_subject: str) -> tuple[int, int]:

@@ -69,7 +69,7 @@ def worker(
         serve_metrics(metrics_port)
 
     async def work() -> None:
-        from ..worker import Worker
+        from ..worker import Worker, garbage
 
         bus = await _connect_patiently(url)
         async with bus:
@@ -79,7 +79,9 @@ def worker(
                 loop.add_signal_handler(number, serving.stop)
             say(f"worker of {', '.join(f.name for f in flows)}: {', '.join(role or known)} · broker {bus.url}")
             relax_collector()  # once more, with all that was imported for it
+            collecting = loop.create_task(garbage.pace(lambda: serving.holds))
             await serving.run()
+            collecting.cancel()
             for number in (signal.SIGTERM, signal.SIGINT):  # everything is handed back: one more changes nothing
                 loop.remove_signal_handler(number)
                 signal.signal(number, signal.SIG_IGN)

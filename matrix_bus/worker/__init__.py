@@ -86,6 +86,11 @@ class Worker:
         """Ids of the runs that are being served."""
         return sorted(self._sessions)
 
+    @property
+    def holds(self) -> int:
+        """Deliveries that are not settled yet, of all runs."""
+        return sum(session.holds for session in self._sessions.values())
+
     def stop(self) -> None:
         """First call: pull no more, finish what fits into the grace period. Second call: hand back now."""
         if self._stopping.is_set():
