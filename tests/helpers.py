@@ -6,15 +6,19 @@ import asyncio
 import contextlib
 import inspect
 import secrets
+import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from matrix_bus import OutcomeRecord, RunConfig, Workflow, registry, run
+from matrix_bus.broker import find_server, server_info
 from matrix_bus.bus import Bus
 from matrix_bus.dataset import Line
 from matrix_bus.orchestrator import decode_outcome
 from matrix_bus.registry import RunRecord
+from matrix_bus.service import free_port
 from matrix_bus.worker import Worker
 
 T = TypeVar("T")
@@ -48,6 +52,23 @@ def until_sync(condition: Callable[[], T], what: str, timeout_s: float = 30.0) -
 def unique(prefix: str) -> str:
     """A name that no other test uses."""
     return f"{prefix}-{secrets.token_hex(4)}"
+
+
+@contextlib.contextmanager
+def server_with(directory: Path, settings: str) -> Iterator[str]:
+    """A nats-server with JetStream that is told these lines of configuration besides; its address."""
+    directory.mkdir(exist_ok=True)
+    config, url = directory / "nats.conf", f"nats://127.0.0.1:{free_port()}"
+    listen = url.removeprefix("nats://")
+    config.write_text(f'listen: "{listen}"\njetstream {{ store_dir: "{directory}" }}\n{settings}\n')
+    with (directory / "nats.log").open("wb") as log:
+        server = subprocess.Popen([find_server(), "-c", config], stderr=log)
+    try:
+        until_sync(lambda: server_info(url), "nats-server to answer")
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @contextlib.asynccontextmanager

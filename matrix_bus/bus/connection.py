@@ -88,7 +88,8 @@ class Connection:
         self._batches: dict[str, asyncio.Queue[Message | None]] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self._after_reconnect: asyncio.Task[None] | None = None
-        self._closing = False
+        self._ended = ""
+        """Why the connection is not there any more and will not come back; empty while that is not so."""
         # Kept, since asking for the running loop costs a system call in Python 3.11, some five times a hop.
         self._loop = asyncio.get_running_loop()
         self._done = self._loop.create_future()
@@ -162,7 +163,7 @@ class Connection:
 
         Calls that still wait get `BusTimeout`; later ones, and who waits for a reconnect, `BusUnavailable`.
         """
-        self._closing = True
+        self._ended = self._ended or f"the connection to {self.url} was closed"
         for task in (self._sweeper, self._after_reconnect):
             if task is not None:
                 task.cancel()
@@ -171,8 +172,7 @@ class Connection:
                 await self.nc.flush(timeout=2)
         with contextlib.suppress(*self.client_errors):
             await self.nc.close()
-        self._fail_waiting("the connection was closed")
-        self._up.set()  # who waits for the broker must not wait for ever
+        self._release()
 
     async def __aenter__(self) -> Self:
         return self
@@ -182,13 +182,16 @@ class Connection:
 
     @property
     def connected(self) -> bool:
-        return self._up.is_set() and not self._closing
+        return self._up.is_set() and not self._ended
 
     async def wait_connected(self) -> None:
-        """Returns at once while connected, else when the broker is back. Raises `BusUnavailable` once closed."""
+        """Returns at once while connected, else when the broker is back.
+
+        Raises `BusUnavailable` once it was closed, by us or for good by the broker.
+        """
         await self._up.wait()
-        if self._closing:
-            raise BusUnavailable(f"the connection to {self.url} was closed")
+        if self._ended:
+            raise BusUnavailable(self._ended)
 
     def on_reconnect(self, callback: Reconnected) -> Callable[[], None]:
         """Calls `callback` after every reconnect, until the returned function is called."""
@@ -225,7 +228,7 @@ class Connection:
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> Message:
         """One request, one reply. Raises `BusTimeout` if none comes, `NobodyListens` if nobody is there to answer."""
-        if self._closing or not self._up.is_set():
+        if self._ended or not self._up.is_set():
             await self.wait_connected()
         return await self.ask(subject, body, headers, answer, timeout_s)
 
@@ -273,7 +276,7 @@ class Connection:
         """
         client = self.nc
         if client.is_closed:
-            raise BusUnavailable(f"cannot send: the connection to {self.url} was closed")
+            raise BusUnavailable(self._ended or f"the connection to {self.url} was closed")
         client._pending += commands
         client._pending_data_size += sum(map(len, commands))
         if (flusher := client._flush_queue) is not None and flusher.empty():
@@ -313,10 +316,11 @@ class Connection:
             future.set_result(found)
 
     async def _on_disconnect(self) -> None:
-        was_up = self._up.is_set()
-        self._up.clear()
-        if was_up and not self._closing:
+        if self._ended:
+            return
+        if self._up.is_set():
             log.warning("bus.disconnected", url=self.url)
+        self._up.clear()
         self._fail_waiting("the connection was lost")
 
     async def _on_reconnect(self) -> None:
@@ -335,6 +339,11 @@ class Connection:
             except BusError as error:  # lost again already: the next reconnect calls it again
                 log.debug("bus.reconnect_callback_failed", error=str(error))
 
+    def _release(self) -> None:
+        """Nobody is answered any more, and who waits for the broker must not wait for ever."""
+        self._fail_waiting("the connection was closed")
+        self._up.set()
+
     def _fail_waiting(self, why: str) -> None:
         waiting, self._waiting = self._waiting, {}
         for future, *_ in waiting.values():
@@ -347,6 +356,14 @@ class Connection:
         """One timer for all calls: a timer each costs more than the call."""
         while True:
             await asyncio.sleep(_SWEEP_S)
+            # Most errors that a server names have the library close for good, and it does not always tell.
+            if self.nc.is_closed:
+                self._ended = (
+                    f"the broker at {self.url} ended the connection ({self.nc.last_error}): look at what it allows "
+                    "this user, then start again"
+                )
+                self._release()
+                return
             now = time.monotonic()
             for token, (future, deadline, *_) in list(self._waiting.items()):
                 if deadline < now or future.done():  # done: who waited was cancelled

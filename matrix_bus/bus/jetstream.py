@@ -53,7 +53,7 @@ class Bus(Connection):
         Raises `PublishRefused` with the broker's code, or `BusTimeout` when it is unknown whether it is stored, or
         `BusUnavailable`.
         """
-        if self._closing or not self._up.is_set():
+        if self._ended or not self._up.is_set():
             return self._publish_later(subject, body, headers)
         return self.ask(subject, body, headers, confirmation)
 
@@ -68,7 +68,7 @@ class Bus(Connection):
 
         For many at once: it costs neither a task nor a future. Who sends without end waits for `room` while `is_full`.
         """
-        if self._closing or not self._up.is_set():
+        if self._ended or not self._up.is_set():
             done(BusUnavailable(f"the connection to {self.url} is lost"))
             return
         try:

@@ -6,9 +6,12 @@ import random
 
 from ..errors import LimitReached, MatrixBusError, ModelError, RateLimited, Retry, RowError, WorkerCrashed, user_frames
 from ..orchestrator import ErrorRecord, Orchestrator, clean
+from ..telemetry import logger
 
 _TRACE_FRAMES = 5
 _FIRST_S, _LONGEST_S, _LONGEST_ASKED_S = 1.0, 60.0, 3600.0
+
+log = logger("worker")
 
 
 def backoff_s(attempt: int, error: Exception) -> float:
@@ -28,6 +31,12 @@ def describe(error: Exception, message: Orchestrator, now: float) -> ErrorRecord
     if not isinstance(error, MatrixBusError | TimeoutError):
         text = f"{text}\n{user_frames(error, _TRACE_FRAMES)}"
     return ErrorRecord(type(error).__name__, clean(text), message.role, message.hop, message.attempt, now)
+
+
+def say_defect(error: Exception) -> None:
+    """Logs a handler's defect, with the user's frames; what we raise on purpose stands in the outcome alone."""
+    if not isinstance(error, MatrixBusError):
+        log.warning("worker.handler_raised", error=repr(error), where=user_frames(error))
 
 
 def reason_of(error: Exception) -> str:

@@ -14,7 +14,7 @@ from .. import metrics, telemetry
 from ..agent import Next, Workflow, encode_state
 from ..answers import Answers
 from ..bus import Bus, Message, delivery_facts
-from ..errors import BusError, LimitReached, MatrixBusError, RowError, WorkerCrashed, is_transient, user_frames
+from ..errors import BusError, BusUnavailable, LimitReached, RowError, WorkerCrashed, is_transient
 from ..orchestrator import (
     LEASE_ROLE,
     Kind,
@@ -36,7 +36,7 @@ from ..registry import RunRecord
 from . import limits
 from .deadlines import Deadlines
 from .delivery import Delivery
-from .failure import backoff_s, describe, reason_of
+from .failure import backoff_s, describe, reason_of, say_defect
 from .handlers import Caller, Executors
 from .heartbeat import Wheel
 from .horizon import Horizon
@@ -203,7 +203,7 @@ class Session:
                 await self._hand_back(delivery)
             else:
                 await work(delivery)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, BusUnavailable):  # unavailable: the connection was closed for good
             await self._hand_back(delivery)
         except Exception:
             # A defect of ours, or a broker that refuses for good: the row stays in the queue and comes again.
@@ -342,8 +342,7 @@ class Session:
 
     async def _fail(self, delivery: Delivery, message: Orchestrator, error: Exception, lease: str) -> None:
         message.errors = [*message.errors, describe(error, message, time.time())]
-        if not isinstance(error, MatrixBusError):
-            log.warning("worker.handler_raised", error=repr(error), where=user_frames(error))
+        say_defect(error)
         await self._finish(delivery, message, "failed", reason_of(error), lease)
 
     async def _finish(self, delivery: Delivery, message: Orchestrator, kind: Kind, reason: str, lease: str) -> None:

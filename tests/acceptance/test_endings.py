@@ -6,6 +6,7 @@ import json
 
 from matrix_bus.broker import Broker
 from tests.acceptance.conftest import Shell
+from tests.helpers import server_with
 
 
 def test_pause_set_resume_and_retry(shell: Shell, broker: Broker) -> None:
@@ -88,3 +89,14 @@ def test_cancel_then_collect_then_purge(shell: Shell, broker: Broker) -> None:
     assert (purged.returncode, "is deleted" in purged.stderr) == (0, True)
     assert shell.run("runs", *server).stdout == ""
     assert shell.run("collect", "r", *server).returncode == 2
+
+
+def test_a_worker_whose_connection_the_broker_ends_says_why_and_ends(shell: Shell) -> None:
+    with server_with(shell.directory / "broker", "max_subscriptions: 7") as url:
+        words = ("-w", str(shell.flow), "--server", url)
+        submitted = shell.run("submit", str(shell.dataset(100)), *words, "--detach", "--run", "r")
+        assert submitted.returncode == 0, submitted.stderr
+        worker = shell.start("worker", *words, SECONDS="60")
+        assert worker.ends() == 2
+    assert f"error: the broker at {url} ended the connection (nats: maximum subscriptions exceeded)" in worker.said
+    assert "Traceback" not in worker.said

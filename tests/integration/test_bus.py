@@ -12,10 +12,10 @@ import pytest
 from nats.aio.msg import Msg
 
 from matrix_bus.broker import Broker, find_server, server_info
-from matrix_bus.bus import Bus, PubAck, is_lost_race
+from matrix_bus.bus import Bus, PubAck, is_lost_race, patiently
 from matrix_bus.errors import BusTimeout, BusUnavailable, BusUnsuitable, NobodyListens, PublishRefused
 from matrix_bus.service import free_port
-from tests.helpers import connected, messages, unique, until, until_sync, work_stream_of
+from tests.helpers import connected, messages, server_with, unique, until, until_sync, work_stream_of
 
 NS = 1_000_000_000
 
@@ -192,6 +192,29 @@ async def test_closing_without_a_broker_does_not_hang(broker: Broker) -> None:
     broker.kill()
     await until(lambda: not bus.connected, "the disconnect")
     await asyncio.wait_for(bus.close(), 5)
+
+
+async def test_a_connection_that_the_broker_ends_for_good_is_waited_for_by_nobody(tmp_path: Path) -> None:
+    async def ignore(_: Msg) -> None:
+        pass
+
+    async def lose(bus: Bus) -> None:
+        for _ in range(3):
+            await bus.nc.subscribe(unique("mute"), cb=ignore)
+
+    with server_with(tmp_path, "max_subscriptions: 3") as url:
+        async with connected(url) as bus:
+            mute = await bus.nc.subscribe("mute", cb=ignore)
+            calling = asyncio.ensure_future(bus.call(mute.subject, timeout_s=60))
+            patient = asyncio.ensure_future(patiently(bus, lambda: bus.call(mute.subject, timeout_s=60)))
+            await lose(bus)
+            async with asyncio.timeout(10):
+                with pytest.raises(BusTimeout, match="whether the broker has the message is unknown"):
+                    await calling
+                for waiting in (patient, bus.wait_connected(), bus.publish("t", b""), bus.call("t")):
+                    with pytest.raises(BusUnavailable, match="maximum subscriptions exceeded"):
+                        await waiting
+            assert not bus.connected
 
 
 async def test_a_dead_address_is_unavailable_within_its_timeout() -> None:
