@@ -50,10 +50,12 @@ class SocketTransport(Transport):
         link.transport = upgraded
 
     def write(self, payload: bytes) -> None:
-        self._connected().transport.write(payload)
+        """Raises `OSError` where the connection is lost."""
+        self._writable().write(payload)
 
     def writelines(self, payload: list[bytes]) -> None:
-        self._connected().transport.writelines(payload)
+        """Raises `OSError` where the connection is lost."""
+        self._writable().writelines(payload)
 
     async def read(self, buffer_size: int) -> bytes:
         """All that has come, however much it is; empty at the end. Raises what ended the connection."""
@@ -76,6 +78,12 @@ class SocketTransport(Transport):
 
     def at_eof(self) -> bool:
         return self._link is None or self._link.at_eof
+
+    def _writable(self) -> asyncio.Transport:
+        """asyncio says nothing about a lost connection, and uvloop raises what the library does not expect."""
+        link = self._connected()
+        link.check()
+        return link.transport
 
     def _connected(self) -> _Link:
         if self._link is None:
@@ -124,6 +132,10 @@ class _Link(asyncio.Protocol):
 
     async def drain(self) -> None:
         await self._writable.wait()
+        self.check()
+
+    def check(self) -> None:
+        """Raises what ended the connection, if it has ended."""
         if self.closed.is_set():
             raise self._error or ConnectionResetError("the connection was lost")
 

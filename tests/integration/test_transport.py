@@ -13,11 +13,13 @@ from typing import Any
 from urllib.parse import urlparse
 
 import pytest
+import uvloop
 from nats.aio.client import Client
 
 from matrix_bus.broker import Broker, find_server, server_info
 from matrix_bus.bus import Bus
 from matrix_bus.bus.transport import SocketTransport
+from matrix_bus.errors import BusUnavailable
 from matrix_bus.service import free_port
 from tests.helpers import until
 
@@ -137,6 +139,67 @@ async def test_the_bus_reads_and_writes_through_it_also_after_a_reconnect(broker
         await until(lambda: bus.epoch and bus.connected, "the reconnect")
         assert isinstance(bus.nc._transport, SocketTransport)
         assert await bus.api("INFO")
+
+
+class Reluctant:
+    """A broker, as far as one needs it to connect, that says hello and hangs up, `refusals` times from now on."""
+
+    def __init__(self) -> None:
+        self.refusals = 0
+        self.refused = 0
+        self.accepted: list[asyncio.StreamWriter] = []
+
+    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"version": "2.15.1", "jetstream": true, "max_payload": 1048576}\r\n')
+        if self.refusals:
+            self.refusals -= 1
+            self.refused += 1
+        else:
+            self.accepted.append(writer)
+            while line := await reader.readline():
+                if line == b"PING\r\n":
+                    writer.write(b"PONG\r\n")
+        writer.close()
+
+    async def listen(self) -> tuple[asyncio.Server, str]:
+        server = await asyncio.start_server(self.talk, "127.0.0.1", 0)
+        return server, f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+LOOPS = pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+
+
+@LOOPS
+def test_a_broker_that_hangs_up_after_its_hello_is_tried_again(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    async def main() -> None:
+        broker = Reluctant()
+        server, url = await broker.listen()
+        async with server:
+            broker.refusals = 2
+            async with await Bus.connect(url) as bus:
+                assert broker.refused == 2
+                broker.refusals = 2
+                broker.accepted[-1].transport.abort()
+                await until(lambda: bus.epoch and bus.connected, "the reconnect")
+                assert broker.refused == 4
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(main())
+
+
+@LOOPS
+def test_a_broker_that_always_hangs_up_is_unavailable(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    async def main() -> None:
+        broker = Reluctant()
+        server, url = await broker.listen()
+        async with server:
+            broker.refusals = 1_000_000
+            with pytest.raises(BusUnavailable, match=r"no broker answers at .*the connection was lost"):
+                await Bus.connect(url, timeout_s=1.0)
+            assert broker.refused > 1
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(main())
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
