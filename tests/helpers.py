@@ -55,17 +55,16 @@ def unique(prefix: str) -> str:
 
 
 @contextlib.contextmanager
-def server_with(directory: Path, settings: str) -> Iterator[str]:
-    """A nats-server with JetStream that is told these lines of configuration besides; its address."""
+def server_with(directory: Path, settings: str, jetstream: str = "", user: str = "") -> Iterator[str]:
+    """A nats-server that is told these lines of configuration, of `jetstream` besides; its address, with the user."""
     directory.mkdir(exist_ok=True)
-    config, url = directory / "nats.conf", f"nats://127.0.0.1:{free_port()}"
-    listen = url.removeprefix("nats://")
-    config.write_text(f'listen: "{listen}"\njetstream {{ store_dir: "{directory}" }}\n{settings}\n')
+    config, address = directory / "nats.conf", f"127.0.0.1:{free_port()}"
+    config.write_text(f'listen: "{address}"\njetstream {{ store_dir: "{directory}", {jetstream} }}\n{settings}\n')
     with (directory / "nats.log").open("wb") as log:
         server = subprocess.Popen([find_server(), "-c", config], stderr=log)
     try:
-        until_sync(lambda: server_info(url), "nats-server to answer")
-        yield url
+        until_sync(lambda: server_info(f"nats://{address}"), "nats-server to answer")
+        yield f"nats://{user}@{address}" if user else f"nats://{address}"
     finally:
         server.terminate()
         server.wait()

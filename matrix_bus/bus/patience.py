@@ -12,10 +12,11 @@ from ..errors import BusTimeout, BusUnavailable, PublishRefused
 from ..telemetry import logger
 from .jetstream import Bus
 
-_TRY_AGAIN = frozenset({10164, 10158, 10077, 10023, 10008, 10009})
-"""Codes after which the same bytes may be stored later: in process (10158, 10164), full (10077), no resources (10023),
-a cluster between two leaders (10008, 10009)."""
-_FULL = frozenset({10077, 10023})
+_FULL = frozenset({10077, 10023, 10002, 10028, 10047})
+"""No room in a stream (10077), a server (10023), an account (10002), its memory (10028), its files (10047)."""
+_TRY_AGAIN = _FULL | {10164, 10158, 10008, 10009}
+"""Codes after which the same bytes may be stored later: besides, in process (10158, 10164), and a cluster between two
+leaders (10008, 10009)."""
 _SAY_FULL_EVERY_S = 10.0
 FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 2.0
 
@@ -48,7 +49,7 @@ def note_refusal(bus: Bus, error: PublishRefused) -> None:
             "bus.store_full",
             reason=str(error),
             advice="nothing is lost, all of it waits for room: purge old runs (matrix-bus runs, matrix-bus purge RUN), "
-            "or give the broker's store more (max_file_store)",
+            "or give the broker's store, or the account, more (max_file_store, max_file)",
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,18 @@ from matrix_bus.bus import Bus
 from matrix_bus.config import IoConfig
 from matrix_bus.errors import PublishRefused, RunError
 from matrix_bus.orchestrator import outcome_stream, work_stream
-from tests.helpers import all_outcomes, connected, messages, numbered, submitted, unique, until, work_stream_of, working
+from tests.helpers import (
+    all_outcomes,
+    connected,
+    messages,
+    numbered,
+    server_with,
+    submitted,
+    unique,
+    until,
+    work_stream_of,
+    working,
+)
 from tests.trip import Trip, rows, trip
 
 
@@ -64,7 +77,19 @@ async def _fill(bus: Bus) -> str:
     return stream
 
 
-async def test_a_store_without_room_costs_nothing_but_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def _small_server(directory: Path) -> AbstractContextManager[str]:
+    return server_with(directory, "", "max_file_store: 12MB")
+
+
+def _small_account(directory: Path) -> AbstractContextManager[str]:
+    account = "jetstream { max_file: 12MB, max_mem: 1MB }, users [{ user: me, password: secret }]"
+    return server_with(directory, f"accounts {{ mine {{ {account} }} }}", user="me:secret")
+
+
+@pytest.mark.parametrize("full", [_small_server, _small_account], ids=["server", "account"])
+async def test_a_store_without_room_costs_nothing_but_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, full: Callable[[Path], AbstractContextManager[str]]
+) -> None:
     calls: Counter[tuple[str, int]] = Counter()
     gate = asyncio.Event()
 
@@ -79,8 +104,8 @@ async def test_a_store_without_room_costs_nothing_but_time(tmp_path: Path, caplo
         return success("done")
 
     flow = trip(first, second)
-    with Broker(tmp_path / "broker", max_file_store="12MB") as broker:
-        async with connected(broker.url) as bus, working(broker.url, flow), working(broker.url, flow):
+    with full(tmp_path / "broker") as url:
+        async with connected(url) as bus, working(url, flow), working(url, flow):
             record = await submitted(bus, flow, rows(40), RunConfig(ack_wait_s=1))
             await until(lambda: len(calls) == 40, "all rows to be at work")
             stream = await _fill(bus)
