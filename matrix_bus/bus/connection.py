@@ -194,7 +194,7 @@ class Connection:
             raise BusUnavailable(self._ended)
 
     def on_reconnect(self, callback: Reconnected) -> Callable[[], None]:
-        """Calls `callback` after every reconnect, until the returned function is called."""
+        """Calls `callback` after every reconnect, until the returned function is called; the next one cancels it."""
         self._reconnected.append(callback)
         return lambda: self._reconnected.remove(callback)
 
@@ -329,15 +329,20 @@ class Connection:
         self.reconnected_at = time.monotonic()
         self._up.set()
         log.warning("bus.reconnected", url=self.url)
+        if self._after_reconnect is not None:
+            self._after_reconnect.cancel()  # what it has not come to the end of begins anew
         # In a task: the client must go on reading, and notice the next loss, while they talk to the broker.
         self._after_reconnect = self._loop.create_task(self._call_back())
 
     async def _call_back(self) -> None:
-        for callback in list(self._reconnected):
+        async def guarded(callback: Reconnected) -> None:
             try:
                 await callback()
             except BusError as error:  # lost again already: the next reconnect calls it again
                 log.debug("bus.reconnect_callback_failed", error=str(error))
+
+        # All at once: one may wait for a stream that has no leader yet, which is no reason for the others to.
+        await asyncio.gather(*map(guarded, self._reconnected))
 
     def _release(self) -> None:
         """Nobody is answered any more, and who waits for the broker must not wait for ever."""

@@ -186,6 +186,32 @@ async def test_a_reconnect_is_told_and_counted(broker: Broker) -> None:
         assert calls == ["told"] * 2
 
 
+async def test_who_is_told_of_a_reconnect_does_not_hold_up_the_others(broker: Broker) -> None:
+    async with connected(broker.url) as bus:
+        told, never = asyncio.Event(), asyncio.Event()
+        first: list[int] = []
+
+        async def wait() -> None:
+            first.append(bus.epoch)
+            await never.wait()
+            first.append(0)
+
+        async def tell() -> None:
+            told.set()
+
+        bus.on_reconnect(wait)
+        bus.on_reconnect(tell)
+        for epoch in (1, 2):
+            told.clear()
+            broker.restart()
+            async with asyncio.timeout(20):
+                await told.wait()
+            assert first == list(range(1, epoch + 1))
+        never.set()
+        await until(lambda: 0 in first, "the one who waits")
+        assert first == [1, 2, 0], "what is overtaken by the next reconnect is not gone on with"
+
+
 async def test_closing_without_a_broker_does_not_hang(broker: Broker) -> None:
     bus = await Bus.connect(broker.url)
     await work_stream_of(bus, "t")
