@@ -41,8 +41,10 @@ class Horizon:
 
     async def note(self) -> None:
         """Asks for the queue's end, and doubts all that is held. Raises `PublishRefused`."""
-        epoch = self._bus.epoch
-        end = await patiently(self._bus, lambda: self._bus.last_sequence(self._stream))
+        epoch, end = -1, 0
+        while epoch != self._bus.epoch:  # else the answer may be from before a reconnect
+            epoch = self._bus.epoch
+            end = await patiently(self._bus, lambda: self._bus.last_sequence(self._stream))
         for delivery in self._held.values():
             delivery.doubtful = True
         self._end, self._epoch = end, epoch

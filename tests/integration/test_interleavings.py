@@ -24,6 +24,8 @@ from matrix_bus.orchestrator import (
 )
 from matrix_bus.registry import RunRecord
 from matrix_bus.worker.delivery import Delivery
+from matrix_bus.worker.heartbeat import Wheel
+from matrix_bus.worker.horizon import Horizon
 from matrix_bus.worker.moves import Moves
 from tests.helpers import all_outcomes, connected, messages, submitted, until, working
 from tests.integration.test_protocol import admitted
@@ -249,3 +251,17 @@ async def test_a_broker_that_lags_behind_is_no_proof(bus: Bus, monkeypatch: pyte
     monkeypatch.setattr(Bus, "last_of", behind)
     assert await moves.is_last(delivery)
     assert len(asked) >= 6
+
+
+async def test_the_end_of_a_queue_that_is_asked_for_during_an_outage_is_known_after_it(broker: Broker) -> None:
+    async with connected(broker.url) as bus:
+        record = await submitted(bus, trip(), rows(3))
+        horizon = Horizon(bus, work_stream(record.id), Wheel(bus, 30.0), {})
+        broker.kill()
+        await until(lambda: not bus.connected, "the disconnect")
+        noting = asyncio.create_task(horizon.note())
+        await asyncio.sleep(0)  # it asks
+        broker.start()
+        await asyncio.wait_for(noting, 20)
+        assert bus.epoch == 1
+        assert horizon.end(time.monotonic()) == 3, "else every delivery would count as old until the next outage"
