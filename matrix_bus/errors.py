@@ -85,6 +85,16 @@ class PublishRefused(BusError):
         self.description = description
 
 
+class MessageTooLarge(PublishRefused):
+    """The message is larger than the broker takes, so it is not sent: the broker would end the connection."""
+
+    transient = False
+
+    def __init__(self, subject: str, size: int, url: str, most: int) -> None:
+        what = f"{size} bytes with headers, and the broker at {url} takes {most}: raise its max_payload"
+        super().__init__(subject, 10054, what)
+
+
 # --- models -----------------------------------------------------------------------------------------------------
 
 

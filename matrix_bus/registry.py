@@ -18,7 +18,7 @@ from msgspec import Struct
 from . import answers, catalog, payload, quota
 from .bus import STREAM_NOT_FOUND, Bus, Stored, create_bucket, create_stream, fence, is_lost_race, patiently
 from .config import RunConfig
-from .errors import BusError, NobodyListens, PublishRefused, RunError
+from .errors import BusError, ConfigError, NobodyListens, PublishRefused, RunError
 from .orchestrator import LEASE_ROLE, SCHEMA, is_token, outcome_stream, work_stream
 from .telemetry import logger
 
@@ -153,10 +153,18 @@ async def prepare(bus: Bus, replicas: int = 1) -> None:
 async def create(bus: Bus, record: RunRecord) -> None:
     """Makes the run's streams and consumers, then its record: a worker that sees the record finds all of it.
 
-    Raises `RunError` if the id is taken, also by a run that was deleted.
+    Raises `RunError` if the id is taken, also by a run that was deleted; `ConfigError` if the broker takes no message
+    that holds the record.
     """
     if not is_token(record.id):
         raise RunError(f"run id {record.id!r} must be 1 to 64 of A-Z a-z 0-9 _ -")
+    record.created_at = record.created_at or time.time()
+    body = msgspec.json.encode(record)
+    if len(body) > bus.max_body:
+        raise ConfigError(
+            f"the settings of run {record.id!r} are {len(body)} bytes, and the broker at {bus.url} takes "
+            f"{bus.max_body}: shorten them (prompts under workflow?), or raise its max_payload"
+        )
     await prepare(bus, record.config.broker.replicas)
     if (there := await get(bus, record.id)) is not None:
         raise RunError(f"run {record.id!r} exists already (state {there.state}): choose another --run")
@@ -196,9 +204,8 @@ async def create(bus: Bus, record: RunRecord) -> None:
     await admit_at_most(bus, record)
     for role in record.roles:
         await _consumer(bus, record, role, -1)
-    record.created_at = record.created_at or time.time()
     try:
-        await patiently(bus, lambda: bus.publish(_key(record.id), msgspec.json.encode(record), fence(0)))
+        await patiently(bus, lambda: bus.publish(_key(record.id), body, fence(0)))
     except PublishRefused as error:
         if is_lost_race(error) and await get(bus, record.id) != record:
             raise RunError(f"run {record.id!r} was created by somebody else just now: choose another --run") from None

@@ -10,9 +10,9 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from ..errors import BusError, BusTimeout, BusUnavailable
+from ..errors import BusError, BusTimeout, BusUnavailable, MessageTooLarge
 from ..telemetry import logger
-from .server import check_server, without_password
+from .server import HEADROOM_BYTES, check_server, without_password
 from .wire import Headers, Message, answer, hpub
 
 if TYPE_CHECKING:  # it takes longer to import than all of ours, and `--help` needs none of it
@@ -100,8 +100,8 @@ class Connection:
     async def connect(cls, url: str, *, name: str = "matrix-bus", timeout_s: float = 5.0) -> Self:
         """Connects, and checks that the broker can carry runs. `url` may be several of a cluster, with commas.
 
-        Raises `BusUnavailable` if nobody answers within `timeout_s`, `BusUnsuitable` if the broker is too old or
-        has no JetStream.
+        Raises `BusUnavailable` if nobody answers within `timeout_s`, `BusUnsuitable` if the broker is too old, has no
+        JetStream, or takes messages that are too small.
         """
         from nats.aio.client import Client
 
@@ -181,6 +181,11 @@ class Connection:
         await self.close()
 
     @property
+    def max_body(self) -> int:
+        """Largest body of a message with headers of ours, in bytes."""
+        return self.max_payload - HEADROOM_BYTES
+
+    @property
     def connected(self) -> bool:
         return self._up.is_set() and not self._ended
 
@@ -242,7 +247,7 @@ class Connection:
     ) -> asyncio.Future[T]:
         """Sends a request at once; its future will have what `read` makes of (subject, reply), or raise what it raises.
 
-        It raises `BusTimeout` if none comes. Raises `BusUnavailable` once closed.
+        It raises `BusTimeout` if none comes. Raises `BusUnavailable` once closed, `MessageTooLarge`.
         """
         future: asyncio.Future[T] = self._loop.create_future()
         self._request(subject, body, headers, read, timeout_s, future)
@@ -262,10 +267,12 @@ class Connection:
         self._waiting[token] = (waiting, time.monotonic() + timeout_s, read, subject)
 
     def send(self, subject: str, body: bytes, headers: Headers | None = None, reply: str = "") -> None:
-        """Hands a message to the connection, unconfirmed. Raises `BusUnavailable`."""
-        if len(body) > self.max_payload:
-            raise BusUnavailable(f"cannot send {subject}: {len(body)} bytes, the broker takes {self.max_payload}")
-        self.write(hpub(subject, reply, headers, body))
+        """Hands a message to the connection, unconfirmed. Raises `BusUnavailable`, `MessageTooLarge`."""
+        commands = hpub(subject, reply, headers, body)
+        # The server does not count the first line, of some hundred bytes: to be exact about it would cost more.
+        if (size := len(commands[0]) + len(body)) > self.max_payload:
+            raise MessageTooLarge(subject, size, self.url, self.max_payload)
+        self.write(commands)
 
     def write(self, commands: Sequence[bytes]) -> None:
         """Hands over what `hpub` and `pub` made, of as many messages as there are, at once. Raises `BusUnavailable`.

@@ -30,6 +30,8 @@ from .pressure import Gauge
 _WINDOW = 1024
 """Publishes of a submitter that may wait for their confirmation at once."""
 _CHECK_S = 1.0
+_BESIDE_BYTES = 8 << 10
+"""Of a row's message beside its input: most of it is the id, which may have a thousand characters."""
 
 T = TypeVar("T")
 
@@ -68,6 +70,7 @@ async def submit(
     accepted = rejected = seen = 0
     window = _Window(_WINDOW)
     payloads = Payloads(bus, record.id)
+    most_bytes = min(record.config.io.offload_above_bytes, bus.max_body - _BESIDE_BYTES)
     gauge = Gauge(bus, record, lambda: patiently(bus, lambda: _require_active(bus, record.id)))
 
     async def insist(n: int, body: bytes) -> None:
@@ -96,7 +99,7 @@ async def submit(
             if line.number < skipped:
                 continue
             body = line.body
-            if len(body) > record.config.io.offload_above_bytes:
+            if len(body) > most_bytes:
                 body = ref_json(await payloads.put(body))  # one at a time: so many of them may be very large
             for trial in range(trials):
                 row = RowMessage(

@@ -223,10 +223,12 @@ class Moves:
     async def dead_letter(self, delivery: Delivery, subject: str, reason: str) -> None:
         """Stores unreadable bytes, with the reason, where a person can look at them."""
         DEAD_LETTERS.inc()
+        body = delivery.data
+        if (size := len(body)) > self._bus.max_body:
+            body, reason = body[: self._bus.max_body], f"(cut, it had {size} bytes) {reason}"
         headers = {
             "Nats-Msg-Id": f"dead:{self._run}:{delivery.seq}",
             "Mb-Reason": reason.replace("\n", " ")[:500],
             "Mb-Subject": subject,
         }
-        body = delivery.data
         await patiently(self._bus, lambda: self._bus.publish(f"dead.{self._run}.{delivery.n}", body, headers))

@@ -30,8 +30,6 @@ LEAST_BYTES = 4096
 """Smaller values stay: a look-up costs more than carrying them."""
 OUTCOME_BYTES = 1 << 20
 """An outcome is written once and read once, so it keeps its parts up to the message limit of a stock server."""
-HEADROOM_BYTES = 2048
-"""Left of the server's message limit for headers and subject."""
 
 log = logger("worker")
 
@@ -45,18 +43,13 @@ class Offload:
         self._flow = flow
         self._above = above_bytes
 
-    @property
-    def limit_bytes(self) -> int:
-        """Largest body of a message."""
-        return self._bus.max_payload - HEADROOM_BYTES
-
     def fits(self, body: bytes) -> bool:
         """Whether a message's bytes may travel as they are."""
-        return len(body) <= self._above and len(body) <= self.limit_bytes
+        return len(body) <= self._above and len(body) <= self._bus.max_body
 
     async def pack(self, message: Orchestrator) -> bytes:
         """The bytes of a message that does not fit. Raises `RowError` if there is no way to make it fit."""
-        limit = self.limit_bytes
+        limit = self._bus.max_body
         await self._lighten(message)
         body = encode(message)
         if len(body) > limit:
@@ -68,7 +61,7 @@ class Offload:
 
     async def pack_outcome(self, message: Orchestrator, finish: Callable[[], OutcomeRecord]) -> bytes:
         """The bytes of the outcome that `finish` makes of the message; they always fit."""
-        limit = min(OUTCOME_BYTES, self.limit_bytes)
+        limit = min(OUTCOME_BYTES, self._bus.max_body)
         body = encode(finish())
         if len(body) <= limit:
             return body

@@ -13,9 +13,19 @@ from nats.aio.msg import Msg
 
 from matrix_bus.broker import Broker, find_server, server_info
 from matrix_bus.bus import Bus, PubAck, is_lost_race, patiently
-from matrix_bus.errors import BusTimeout, BusUnavailable, BusUnsuitable, NobodyListens, PublishRefused
+from matrix_bus.bus.server import LEAST_PAYLOAD_BYTES
+from matrix_bus.errors import (
+    BusTimeout,
+    BusUnavailable,
+    BusUnsuitable,
+    MessageTooLarge,
+    NobodyListens,
+    PublishRefused,
+)
+from matrix_bus.payload import CHUNK_BYTES, Payloads
 from matrix_bus.service import free_port
-from tests.helpers import connected, messages, server_with, unique, until, until_sync, work_stream_of
+from tests.helpers import connected, messages, server_with, submitted, unique, until, until_sync, work_stream_of
+from tests.trip import trip
 
 NS = 1_000_000_000
 
@@ -80,6 +90,21 @@ async def test_a_call_that_is_not_answered_ends_with_its_timeout(bus: Bus) -> No
         await bus.call(subject, timeout_s=0.3)
     assert heard
     assert 0.3 <= time.monotonic() - started < 3
+
+
+async def test_a_message_that_is_too_large_with_its_headers_is_not_sent(bus: Bus) -> None:
+    subject = unique("t")
+    await work_stream_of(bus, subject)
+    header = {"Mb-Reason": "x" * 500}
+    most = b"x" * bus.max_body
+    assert (await bus.publish(subject, most, header)).seq == 1
+    for size in (bus.max_payload - 200, bus.max_payload + 1):
+        body = b"x" * size
+        async with asyncio.timeout(10):
+            with pytest.raises(MessageTooLarge, match=rf"{subject}.*{bus.max_payload}"):
+                await patiently(bus, lambda: bus.publish(subject, body, header))  # noqa: B023 - awaited at once
+    assert (await bus.publish(subject, b"next")).seq == 2, "the broker has not ended the connection"
+    assert bus.epoch == 0
 
 
 # --- looking up ---------------------------------------------------------------------------------------------
@@ -282,6 +307,18 @@ def plain_server(tmp_path: Path) -> Iterator[str]:
 async def test_a_server_without_jetstream_is_unsuitable(plain_server: str) -> None:
     with pytest.raises(BusUnsuitable, match="-js"):
         await Bus.connect(plain_server)
+
+
+async def test_a_server_that_takes_no_chunk_of_a_large_value_is_unsuitable(tmp_path: Path) -> None:
+    with server_with(tmp_path, "max_payload: 128KB") as url:
+        needs = f"at most 131072 bytes.*{LEAST_PAYLOAD_BYTES}"
+        with pytest.raises(BusUnsuitable, match=needs):
+            await Bus.connect(url)
+    with server_with(tmp_path, f"max_payload: {LEAST_PAYLOAD_BYTES}") as url:
+        async with connected(url) as bus:
+            record = await submitted(bus, trip(), [])
+            store, body = Payloads(bus, record.id), b"x" * (CHUNK_BYTES + 1)
+            assert await store.get(await store.put(body)) == body
 
 
 async def test_a_password_in_the_address_is_never_shown(capsys: pytest.CaptureFixture[str]) -> None:

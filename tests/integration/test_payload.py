@@ -325,6 +325,19 @@ async def test_an_input_line_above_the_limit(small_messages: Bus) -> None:
     assert json.loads(bytes(outcome.state))["draw"] == 5_000_000
 
 
+async def test_what_does_not_fit_leaves_the_message_whatever_the_setting_says(small_messages: Bus) -> None:
+    async def step(row: Row[Any]) -> Outcome:
+        row.state.draw = len(row.state.text)
+        return success()
+
+    sizes = [900_000, small_messages.max_body - 15, small_messages.max_payload, 2_000_000]
+    lines = [msgspec.json.encode({"text": text(size)}) for size in sizes]
+    config = RunConfig(io=IoConfig(offload_above_bytes=100 << 20))
+    _, _, outcomes = await finished(small_messages, trip(step), lines, config)
+    assert [(o.outcome, bytes(o.input)) for o in outcomes] == [("success", line) for line in lines]
+    assert [json.loads(bytes(o.state))["draw"] for o in outcomes] == sizes
+
+
 async def test_a_row_that_fails_with_a_lot_to_say_still_ends(small_messages: Bus) -> None:
     async def fail(row: Row[Any]) -> Outcome:
         row._message.history[:] = [msgspec.json.encode({"role": "a", "text": text(400_000, n)}) for n in range(12)]

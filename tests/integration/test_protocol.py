@@ -14,7 +14,7 @@ from matrix_bus import Next, Row, RunConfig, registry, run, to
 from matrix_bus.broker import Broker
 from matrix_bus.bus import Bus, Lane, Message
 from matrix_bus.config import RoleConfig
-from matrix_bus.errors import EndpointGone, PublishRefused, RateLimited, Retry
+from matrix_bus.errors import EndpointGone, PublishRefused, RateLimited, Retry, RowError
 from matrix_bus.orchestrator import (
     LEASE_ROLE,
     RowMessage,
@@ -196,6 +196,31 @@ async def test_what_cannot_be_read_is_kept_for_a_person_and_fails_its_row(bus: B
     assert letter.data == body
     assert letter.headers["Mb-Subject"] == subject
     assert letter.headers["Mb-Reason"] == outcome.errors[0].message
+
+
+async def test_a_dead_letter_that_is_too_large_with_its_reason_is_cut(bus: Bus) -> None:
+    flow = trip()
+    record = await run.open_run(bus, run.new_record(flow, RunConfig(), run=unique("trip")))
+    size = bus.max_payload - 300
+    await bus.publish(row_subject(record.id, 0), b"j" * size)
+    await registry.update(bus, record.id, total=1)
+    async with working(bus.url, flow):
+        (outcome,) = await all_outcomes(bus, record)
+    assert (outcome.outcome, outcome.reason, outcome.row) == ("failed", "bad_row", 0)
+    letter = await bus.last(DEAD, f"dead.{record.id}.0")
+    assert letter is not None
+    assert letter.data == b"j" * bus.max_body
+    assert letter.headers["Mb-Reason"] == f"(cut, it had {size} bytes) {outcome.errors[0].message}"
+
+
+async def test_a_message_that_the_broker_does_not_take_is_an_error_of_its_row(bus: Bus) -> None:
+    record = await submitted(bus, trip(), rows(1))
+    moves, delivery = await admitted(bus, record)
+    following = advance(decode(delivery.data), "b")
+    with pytest.raises(RowError, match=f"the broker at {bus.url} takes {bus.max_payload}"):
+        async with asyncio.timeout(10):
+            await moves.move(delivery, following, b"x" * bus.max_payload, delivery.lease)
+    assert await moves.move(delivery, following, encode(following), delivery.lease)
 
 
 async def test_an_input_that_does_not_fit_fails_its_row_alone(bus: Bus) -> None:

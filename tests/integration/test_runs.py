@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from matrix_bus import Next, Outcome, RoleConfig, Row, RunConfig, dataset, registry, run, success, to
 from matrix_bus.broker import Broker
-from matrix_bus.bus import Bus
+from matrix_bus.bus import STREAM_NOT_FOUND, Bus
 from matrix_bus.config import BrokerConfig
 from matrix_bus.dataset import Rejected
-from matrix_bus.errors import BusUnsuitable, RunError
+from matrix_bus.errors import BusUnsuitable, ConfigError, PublishRefused, RunError
 from matrix_bus.orchestrator import (
     SCHEMA,
     outcome_stream,
@@ -296,6 +297,17 @@ async def test_shared_streams_may_be_an_operators_own(tmp_path: Path) -> None:
             async with working(bus.url, flow):
                 record = await submitted(bus, flow, rows(3))
                 assert len(await all_outcomes(bus, record)) == 3
+
+
+async def test_settings_that_do_not_fit_into_a_message_make_no_run(bus: Bus) -> None:
+    config = RunConfig(workflow={"prompt": "x" * bus.max_payload})
+    record = msgspec.structs.replace(run.new_record(trip(), RunConfig(), run=unique("trip")), config=config)
+    with pytest.raises(ConfigError, match=rf"the settings of run '{record.id}' are \d+ bytes.*{bus.max_body}"):
+        async with asyncio.timeout(10):
+            await run.open_run(bus, record)
+    with pytest.raises(PublishRefused) as refused:
+        await messages(bus, work_stream(record.id))
+    assert refused.value.code == STREAM_NOT_FOUND
 
 
 async def test_more_copies_than_servers_is_said(bus: Bus) -> None:
