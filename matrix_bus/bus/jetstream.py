@@ -110,7 +110,7 @@ class Bus(Connection):
         has everything that was confirmed, where a cluster lets one that has just taken over answer reads before it
         has caught up. Raises `PublishRefused`, `BusTimeout`.
         """
-        if self._closing or not self._up.is_set():
+        if self._ended or not self._up.is_set():
             await self.wait_connected()
         return await self.ask(subject, b"", fence(_NEVER, within), standing)
 
