@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..config import Sampling
 from ..errors import HandlerError, WorkflowError
 from ..llm import LLM
-from ..orchestrator import LEASE_ROLE, is_token
+from ..orchestrator import LEASE_ROLE, Kind, is_token
 from .routes import Routes, read_routes
 from .row import Next, Outcome
 from .signature import wanted
 
 Mode = Literal["async", "thread", "process"]
 _DECISIONS = (Next, Outcome)  # not `Next | Outcome`, which would be made anew for every hop
+_KINDS = get_args(Kind)
 
 
 class Role:
@@ -81,4 +82,13 @@ class Role:
                     f"role {self.name!r} sent the row to {result.role!r}, which is not among the routes that it "
                     f"declares: {', '.join(self._declared) or 'none'}"
                 )
+        elif result.kind not in _KINDS:  # what nobody can read would stand in the way of every outcome behind it
+            raise HandlerError(
+                f"role {self.name!r} ended the row as {result.kind!r:.100}: an outcome is success, filtered or failed"
+            )
+        elif not isinstance(result.reason, str):
+            raise HandlerError(
+                f"role {self.name!r} ended the row with the reason {result.reason!r:.100}: a reason is a str; an error "
+                "to tell about is raised"
+            )
         return result

@@ -28,7 +28,7 @@ class Next(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """The row ends here."""
+    """The row ends here. A handler that returns another kind, or a reason that is no `str`, has its row fail."""
 
     kind: Kind
     reason: str = ""
@@ -45,7 +45,7 @@ def success(reason: str = "") -> Outcome:
 
 
 def filtered(reason: str) -> Outcome:
-    """End the row early, on purpose, with a reason that is counted."""
+    """End the row early, on purpose, with a reason that is counted: a few words, not an exception."""
     return Outcome("filtered", reason)
 
 

@@ -106,7 +106,7 @@ class Caller:
     def end(self, row: Row[Any] | None, returned: Any) -> tuple[Next | Outcome, bytes]:
         """(what the handler decided, the state as it left it).
 
-        Raises `HandlerError` if it returned neither a `Next` nor an `Outcome`.
+        Raises `HandlerError` if it returned no decision that holds.
         """
         result, state = returned if row is None else (returned, encode_state(row.state))
         return self._role.decided(result, self._flow.roles), state

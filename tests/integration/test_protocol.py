@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from matrix_bus import Next, Row, RunConfig, registry, run, to
+from matrix_bus import Next, Outcome, Row, RunConfig, filtered, registry, run, to
 from matrix_bus.broker import Broker
 from matrix_bus.bus import Bus, Lane, Message
 from matrix_bus.config import RoleConfig
@@ -241,6 +241,14 @@ async def _to_none(row: Row[Trip]) -> Any:
     return None
 
 
+async def _to_a_kind_of_its_own(row: Row[Trip]) -> Any:
+    return Outcome("skipped")  # type: ignore[arg-type]
+
+
+async def _with_an_error_for_a_reason(row: Row[Trip]) -> Any:
+    return filtered(ValueError("too long"))  # type: ignore[arg-type]
+
+
 async def _with_a_bug(row: Row[Trip]) -> Any:
     return [][row.number]
 
@@ -250,6 +258,8 @@ async def _with_a_bug(row: Row[Trip]) -> Any:
     [
         (_to_nowhere, "HandlerError", "nowhere"),
         (_to_none, "HandlerError", "None"),
+        (_to_a_kind_of_its_own, "HandlerError", "success, filtered or failed"),
+        (_with_an_error_for_a_reason, "HandlerError", "ValueError('too long')"),
         (_with_a_bug, "IndexError", "_with_a_bug"),
     ],
 )

@@ -119,6 +119,17 @@ async def test_what_is_wrong_is_said(row: Any, given: dict[str, Any], error: typ
         await drafting().run_row(row, **given)
 
 
+async def test_an_outcome_that_a_worker_would_refuse_is_refused() -> None:
+    flow = mb.Workflow("draft", state=Draft, start="end")
+
+    @flow.role
+    async def end(row: mb.Row[Draft]) -> mb.Outcome:
+        return mb.failed(ValueError("no"))  # type: ignore[arg-type]
+
+    with pytest.raises(mb.HandlerError, match=r"role 'end' .* reason ValueError\('no'\)"):
+        await flow.run_row(ROW)
+
+
 # --- resources --------------------------------------------------------------------------------------------------
 
 

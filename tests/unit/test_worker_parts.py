@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matrix_bus.agent import Next, Outcome, Workflow, load_workflow, success
+from matrix_bus.agent import Next, Outcome, Workflow, failed, filtered, load_workflow, success
 from matrix_bus.bus import Bus, Lane, Message, delivery_facts
 from matrix_bus.config import Sampling, parse_run
 from matrix_bus.errors import (
@@ -633,7 +633,18 @@ async def test_all_models_that_a_handler_asks_for_are_one(executors: Executors) 
     assert seen[0] is seen[1]
 
 
-@pytest.mark.parametrize(("value", "said"), [("done", "'done'"), (None, "None"), (Next("nobody"), "to 'nobody'")])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("done", "'done'"),
+        (None, "None"),
+        (Next("nobody"), "to 'nobody'"),
+        (Outcome(cast(Any, "skipped")), "as 'skipped'"),
+        (Outcome(cast(Any, [])), r"as \[\]"),
+        (filtered(cast(Any, ValueError("x"))), r"reason ValueError\('x'\)"),
+        (failed(cast(Any, None)), "reason None"),
+    ],
+)
 async def test_a_handler_returns_a_decision(executors: Executors, value: Any, said: str) -> None:
     async def handler(row: Any) -> Any:
         return value
