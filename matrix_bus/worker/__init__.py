@@ -149,9 +149,8 @@ class Worker:
             wanted = {record.id: record for record in records}
             for run in self._opening.keys() - wanted:
                 self._opening[run].cancel()
-            for run in list(self._sessions):
-                if run not in wanted or self._sessions[run].gone:
-                    await self._close(run)
+            for unwanted in [s for s in self._sessions.values() if s.record.id not in wanted or s.gone]:
+                await self._close(unwanted)
             for record in records:
                 if (session := self._sessions.get(record.id)) is not None:
                     await self._follow(session, record)
@@ -233,8 +232,11 @@ class Worker:
             self._refused[record.id] = reason
             say("worker.run_refused", run=record.id, reason=reason)
 
-    async def _close(self, run: str) -> None:
-        session = self._sessions.pop(run)
+    async def _close(self, session: Session) -> None:
+        run = session.record.id
+        if self._sessions.get(run) is not session:
+            return  # it was left meanwhile, and may be served anew
+        del self._sessions[run]
         for role in session.roles:
             self._own_pools.pop((run, role), None)
         with contextlib.suppress(BusError):
@@ -254,7 +256,7 @@ class Worker:
                     continue
                 if over:
                     self._finished[run] = _rows_of(session.record)
-                    await self._close(run)
+                    await self._close(session)
 
 
 def _is_over(progress: registry.Progress) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from matrix_bus import Next, Outcome, RoleConfig, Row, RunConfig, dataset, registry, run, success, to
+from matrix_bus import Next, Outcome, RoleConfig, Row, RunConfig, Workflow, dataset, registry, run, success, to
 from matrix_bus.broker import Broker
 from matrix_bus.bus import STREAM_NOT_FOUND, Bus
 from matrix_bus.config import BrokerConfig
@@ -23,6 +23,7 @@ from matrix_bus.orchestrator import (
     work_stream,
 )
 from matrix_bus.registry import RunRecord
+from matrix_bus.worker import Worker
 from tests.helpers import (
     all_outcomes,
     connected,
@@ -246,6 +247,71 @@ async def test_a_run_of_a_newer_schema_is_left_to_newer_workers(bus: Bus) -> Non
         assert await messages(bus, work_stream(record.id)) == 2, "nothing was taken"
         await registry.update(bus, record.id, schema=SCHEMA)
         assert len(await all_outcomes(bus, record)) == 2
+
+
+async def test_a_complete_run_is_left_while_a_cancelled_one_is_being_left(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matrix_bus.worker._FINISHED_CHECK_S", 0.2)
+    leaving, go, end = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def wait(row: Row[Trip]) -> Outcome:
+        await end.wait()
+        return success()
+
+    flow = trip(wait)
+    async with working(bus.url, flow) as worker:
+        cancelled, complete = [await _served(bus, worker, flow) for _ in range(2)]
+        session = worker._sessions[cancelled.id]
+        close = session.close
+
+        async def close_slowly(grace_s: float) -> None:
+            leaving.set()
+            await go.wait()
+            await close(grace_s)
+
+        monkeypatch.setattr(session, "close", close_slowly)
+        await registry.update(bus, cancelled.id, state="cancelled")
+        await leaving.wait()
+        end.set()
+        await until(lambda: complete.id not in worker.serving, "the complete run to be left")
+        go.set()
+        await _served(bus, worker, flow)
+
+
+async def test_a_run_that_is_cancelled_while_it_is_looked_whether_it_is_complete(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matrix_bus.worker._FINISHED_CHECK_S", 0.2)
+    asked, go, progress = asyncio.Event(), asyncio.Event(), registry.progress
+
+    async def progress_slowly(bus: Bus, record: RunRecord) -> registry.Progress:
+        found = await progress(bus, record)
+        if found.done and not found.queued:
+            asked.set()
+            await go.wait()
+        return found
+
+    monkeypatch.setattr(registry, "progress", progress_slowly)
+    flow = trip()
+    async with working(bus.url, flow) as worker:
+        record = await _served(bus, worker, flow)
+        await asked.wait()
+        await registry.update(bus, record.id, state="cancelled")
+        await until(lambda: record.id not in worker.serving, "the cancelled run to be left")
+        go.set()
+        await _served(bus, worker, flow)
+
+
+async def _served(bus: Bus, worker: Worker, flow: Workflow[Trip]) -> RunRecord:
+    record = await submitted(bus, flow, rows(1))
+
+    def knows_all() -> bool:
+        session = worker._sessions.get(record.id)
+        return session is not None and session.record.total == 1
+
+    await until(knows_all, "the run to be served, with all its rows")
+    return record
 
 
 # --- settings of a run ------------------------------------------------------------------------------------------
