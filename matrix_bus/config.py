@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -264,7 +265,7 @@ def parse_run(plain: Mapping[str, Any]) -> RunConfig:
                     f"setting at llm.models.{DEFAULT_MODEL}: the default model is llm itself, as in llm.model=NAME"
                 )
     config = _parse_run(tree)
-    check_storable(config)
+    check_run(config)
     return config
 
 
@@ -281,12 +282,27 @@ def tree_of(value: Any) -> Any:
     return {key: tree_of(inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
-def check_storable(config: RunConfig) -> None:
-    """Raises `ConfigError` if the config, stored as JSON, would be read as another one."""
+def check_run(config: RunConfig) -> None:
+    """Raises `ConfigError` for a URL that is none, and if the config, stored as JSON, would be read as another one."""
+    for alias in config.llm.aliases:
+        at = "llm" if alias == DEFAULT_MODEL else f"llm.models.{alias}"
+        for url in config.llm.named(alias).urls:
+            check_url(url, f"setting at {at}.urls: ")
     if msgspec.json.decode(msgspec.json.encode(config), type=RunConfig) != config:
         raise ConfigError(
             f"these settings cannot be stored as JSON (an infinity, or not a number?): {msgspec.to_builtins(config)}"
         )
+
+
+def check_url(url: str, where: str = "") -> None:
+    """Raises `ConfigError` if it is not the address of a server; the message begins with `where`."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # the port is no number, or a bracket is left open
+        good = False
+    if not good or " " in url or not url.isprintable():
+        raise ConfigError(f"{where}{url!r} is not the URL of a server; it must look like http://host:8000/v1")
 
 
 def _parse_run(plain: dict[Any, Any]) -> RunConfig:

@@ -16,7 +16,7 @@ import typer
 
 from .. import endpoints
 from ..bus import Bus
-from ..config import ModelConfig
+from ..config import ModelConfig, check_url
 from ..endpoints import Beacon, Replica
 from ..errors import ModelAccessDenied, ModelError, ModelNotFound, UsageError
 from ..llm import ModelPool
@@ -212,8 +212,7 @@ async def _announce(broker: str, config: ModelConfig, capacity: float, labels: d
 
 
 def _replica(url: str, config: ModelConfig, capacity: float, labels: dict[str, str]) -> Replica:
-    if not url.startswith(("http://", "https://")):
-        raise UsageError(f"--url {url!r} must look like http://host:8000/v1")
+    check_url(url, "--url ")
     # The same server announced twice, or again after a crash, is one.
     name = blake2b(url.encode(), digest_size=8).hexdigest()
     return Replica(

@@ -15,7 +15,7 @@ from .. import catalog, dataset, registry
 from ..agent import Workflow, identify
 from ..bus import Bus, patiently
 from ..catalog import WorkflowInfo
-from ..config import RunConfig, check_storable, parse_run
+from ..config import RunConfig, check_run, parse_run
 from ..dataset import Rejected
 from ..errors import ConfigError
 from ..run import new_record, open_run
@@ -150,7 +150,7 @@ def _run_config(config: Mapping[str, Any] | Struct | None, settings: RunConfig |
         if base.workflow:
             raise ConfigError("the workflow's parameters stand in `config` and in `settings`: give them once")
         base = msgspec.structs.replace(base, workflow=_plain(config))
-    check_storable(base)
+    check_run(base)
     return base
 
 

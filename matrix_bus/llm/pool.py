@@ -15,9 +15,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from ..config import ModelConfig
+from ..config import ModelConfig, check_url
 from ..errors import (
-    ConfigError,
     EndpointGone,
     ModelAccessDenied,
     ModelError,
@@ -96,7 +95,7 @@ class ModelPool:
         api_key: str | None = None,
         meter: Meter | None = None,
     ) -> None:
-        """`urls` may have capacities beside them. Raises `ConfigError` for a URL that is not http(s)."""
+        """`urls` may have capacities beside them. Raises `ConfigError` for a URL that is none."""
         self.model = config.model
         """The name that the servers know the model by."""
         self.guided = True
@@ -132,14 +131,13 @@ class ModelPool:
         """Replace the endpoints: those that stay keep their calls, those that go finish theirs.
 
         `others` are config and key of those that are called in another way. Raises `ConfigError` for a URL that is
-        not http(s).
+        none.
         """
         if self._closed:
             return
         capacities = {url.rstrip("/"): urls[url] if isinstance(urls, Mapping) else 1.0 for url in urls}
         for url in capacities:
-            if not url.startswith(("http://", "https://")):
-                raise ConfigError(f"{url!r} is not the URL of a server; it must look like http://host:8000/v1")
+            check_url(url)
         kept = {endpoint.url: endpoint for endpoint in self._endpoints if endpoint.url in capacities}
         gone = [endpoint for endpoint in self._endpoints if endpoint.url not in kept]
         wanted = list(capacities)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from ..errors import ConfigError
 from .edge import CONNECT_TIMEOUT_S, MODELS_TIMEOUT_S, Edge
 from .messages import SESSION_HEADER, ChatRequest, OnText, Reply
 from .streaming import read_stream
@@ -24,9 +25,15 @@ class SdkTransport:
     """One endpoint, called by an `AsyncOpenAI` of its own, without its retries: the pool's are enough."""
 
     def __init__(self, url: str, api_key: str | None = None, azure_version: str = "") -> None:
-        """`azure_version` is the version of Azure's interface, where the URL is a resource of theirs."""
+        """`azure_version` is the version of Azure's interface, where the URL is a resource of theirs.
+
+        Raises `ConfigError` for a URL that the SDK does not take.
+        """
         self._edge = Edge(url, api_key)
-        self._client = _client(url, api_key, azure_version)
+        try:
+            self._client = _client(url, api_key, azure_version)
+        except Exception as error:  # InvalidURL of httpx or of httpx2, which is no `ValueError`
+            raise ConfigError(f"the openai package does not take {url!r} for the URL of a server: {error}") from error
         self._options = _options(api_key)
         self._closed = False
 

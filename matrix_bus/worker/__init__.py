@@ -200,6 +200,8 @@ class Worker:
             log.warning("worker.run_not_opened", run=record.id, error=str(error))
         except MatrixBusError as error:
             self._refuse(record, str(error))
+        except Exception as error:  # whatever is odd about one run must not end those beside it
+            self._refuse(record, f"{type(error).__name__}: {error}", log.exception)
         else:
             self._refused.pop(record.id, None)
             self._sessions[record.id] = session

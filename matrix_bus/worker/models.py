@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
 from .. import endpoints
 from ..bus import Bus
-from ..config import ModelConfig, RunConfig
+from ..config import ModelConfig, RunConfig, check_url
 from ..endpoints import Replica
-from ..errors import ConfigError, MatrixBusError
+from ..errors import ConfigError
 from ..llm import ModelPool
 from ..quota import Quota
 from ..telemetry import logger
@@ -74,16 +74,10 @@ class Models:
                         advice=f"calls wait: start one with matrix-bus serve {config.model}, or set llm.urls",
                     )
                 pool.abandon(change.lost)
-                capacities = {url: replica.capacity for url, replica in change.up.items()}
                 try:
-                    others = {
-                        url: _called(replica)
-                        for url, replica in change.up.items()
-                        if replica.transport != "direct" or replica.api_key_env
-                    }
-                    pool.set_urls(capacities, others)
-                except ConfigError as error:
-                    log.warning("worker.server_unusable", model=config.model, error=str(error))
+                    pool.set_urls(*_usable(change.up))
+                except Exception:  # nobody waits for this task, which would end without a word
+                    log.exception("worker.servers_not_followed", model=config.model)
 
     async def _keep_embedded(self, config: ModelConfig, pool: ModelPool) -> None:
         """Brings the embedded model back if it dies: rows retry meanwhile, and would run out of attempts."""
@@ -91,8 +85,8 @@ class Models:
             await asyncio.sleep(_LOOK_AGAIN_S)
             try:
                 pool.set_urls([await self._embedded_url(config)])
-            except MatrixBusError as error:
-                log.warning("worker.embedded_model_is_down", error=str(error))
+            except Exception as error:  # a disk that is full, say: it may be better next time
+                log.warning("worker.embedded_model_is_down", error=f"{type(error).__name__}: {error}")
 
     async def _embedded_url(self, config: ModelConfig) -> str:
         if self._embedded is None:
@@ -123,6 +117,21 @@ class Models:
             keeper.cancel()
         for pool in self._pools.values():
             await pool.close()
+
+
+def _usable(up: Mapping[str, Replica]) -> tuple[dict[str, float], dict[str, tuple[ModelConfig, str | None]]]:
+    """What `ModelPool.set_urls` takes: a server that cannot be called from here keeps no other away."""
+    capacities, others = {}, {}
+    for url, replica in up.items():
+        try:
+            check_url(url)
+            if replica.transport != "direct" or replica.api_key_env:
+                others[url] = _called(replica)
+        except ConfigError as error:
+            log.warning("worker.server_unusable", model=replica.model, url=url, error=str(error))
+        else:
+            capacities[url] = replica.capacity
+    return capacities, others
 
 
 def _called(replica: Replica) -> tuple[ModelConfig, str | None]:

@@ -90,6 +90,7 @@ def test_config_shows_values_and_where_they_come_from(shell: Shell, chat: Path) 
         ("roles.writr.slots=2", ["writr", "did you mean 'writer'"]),
         ("workflow.turns=2", ["no parameters", "turns"]),
         ("llm=vlm", ["no option 'vlm'", "vllm"]),
+        ("llm.urls=http://gpu:port/v1", ["setting at llm.urls", "'http://gpu:port/v1'", "http://host:8000/v1"]),
         ("foo=1", ["foo", "max_in_flight"]),
         ("llm.model=a,b", ["several values", "several runs"]),
         ("llm.api_key_env=${oc.env:HOME}", ["would be looked up", "environment variable"]),

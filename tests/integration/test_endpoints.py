@@ -172,6 +172,25 @@ async def test_replicas_take_load_when_they_come_and_give_it_up_when_they_die(bu
     tasks[1].cancel()
 
 
+async def test_a_server_that_cannot_be_called_keeps_no_other_away(
+    bus: Bus, servers: list[Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = unique("m")
+    beacon = Beacon(bus)
+    task = await beaming(bus, beacon)
+    beacon.show(Replica(id="odd", model=model, url="http://gpu:port/v1", transport="sdk"))
+    beacon.show(Replica(id="secret", model=model, url="http://b/v1", api_key_env="NOBODY_SETS_IT"))
+    flow = asking()
+    record = await submitted(bus, flow, [b"{}"], parse_run({"llm": {"model": model}}))
+    async with working(bus.url, flow):
+        await until(lambda: caplog.text.count("server_unusable") >= 2, "the worker to say that it cannot call them")
+        beacon.show(Replica(id="good", model=model, url=servers[0].url))
+        assert [o.outcome for o in await all_outcomes(bus, record)] == ["success"]
+    assert "'http://gpu:port/v1' is not the URL of a server" in caplog.text
+    assert "NOBODY_SETS_IT" in caplog.text
+    task.cancel()
+
+
 async def test_a_server_says_how_it_is_called(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     """Azure: another path, another header, and a key that the workers have."""
     asked: list[str] = []

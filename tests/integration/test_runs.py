@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from matrix_bus import Next, Outcome, RoleConfig, Row, RunConfig, Workflow, dataset, registry, run, success, to
+from matrix_bus import LLM, Next, Outcome, RoleConfig, Row, RunConfig, Workflow, dataset, registry, run, success, to
 from matrix_bus.broker import Broker
 from matrix_bus.bus import STREAM_NOT_FOUND, Bus
-from matrix_bus.config import BrokerConfig
+from matrix_bus.config import BrokerConfig, LlmConfig
 from matrix_bus.dataset import Rejected
 from matrix_bus.errors import BusUnsuitable, ConfigError, PublishRefused, RunError
 from matrix_bus.orchestrator import (
@@ -37,6 +38,18 @@ from tests.helpers import (
     working,
 )
 from tests.trip import Trip, rows, trip
+
+
+def asking() -> Workflow[Trip]:
+    """Needs a model, and never gets to ask it."""
+    flow = Workflow(unique("asking"), state=Trip, start="ask")
+    flow.code_hash = "of-this-test"
+
+    @flow.role
+    async def ask(row: Row[Trip], llm: LLM) -> Outcome:
+        return success()
+
+    return flow
 
 
 async def _is_empty(bus: Bus, record: RunRecord) -> bool:
@@ -312,6 +325,41 @@ async def _served(bus: Bus, worker: Worker, flow: Workflow[Trip]) -> RunRecord:
 
     await until(knows_all, "the run to be served, with all its rows")
     return record
+
+
+# --- runs that cannot be served ---------------------------------------------------------------------------------
+
+
+async def test_a_run_whose_model_has_an_odd_address_is_refused_alone(
+    bus: Bus, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever submits is told; but a record may be of another version, or an address of numbers that are too large."""
+    flow = asking()
+    odd = [LlmConfig(model="m", urls=[url], transport="sdk") for url in ("http://gpu:port/v1", "http://10.0.0.300/v1")]
+    async with working(bus.url, flow) as worker:
+        records = [await submitted(bus, flow, [b"{}"], RunConfig(llm=llm)) for llm in odd]
+        await until(lambda: {record.id for record in records} <= worker._refused.keys(), "both runs to be refused")
+        assert all(llm.urls[0] in caplog.text for llm in odd)
+        await submitted(bus, flow, [b"{}"], RunConfig(llm=LlmConfig(model="m", urls=["http://a/v1"])))
+        await until(lambda: worker.serving, "a run beside them to be served")
+
+
+async def test_a_run_whose_model_cannot_be_started_is_tried_again(bus: Bus, caplog: pytest.LogCaptureFixture) -> None:
+    full = True
+
+    def embedded() -> str:
+        if full:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        return "http://a/v1"
+
+    flow = asking()
+    async with working(bus.url, flow, embedded_model=embedded) as worker:
+        record = await submitted(bus, flow, [b"{}"])
+        await until(lambda: record.id in worker._refused, "the refusal")
+        assert "OSError: [Errno 28] no space left on device" in worker._refused[record.id]
+        assert "Traceback" in caplog.text
+        full = False
+        await until(lambda: worker.serving == [record.id], "the run to be served")
 
 
 # --- settings of a run ------------------------------------------------------------------------------------------

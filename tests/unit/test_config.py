@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matrix_bus.config import LlmConfig, ModelConfig, RoleConfig, RunConfig, Sampling, parse, parse_run, tree_of
+from matrix_bus.config import (
+    LlmConfig,
+    ModelConfig,
+    RoleConfig,
+    RunConfig,
+    Sampling,
+    check_url,
+    parse,
+    parse_run,
+    tree_of,
+)
 from matrix_bus.errors import ConfigError, UsageError
 
 
@@ -53,6 +63,19 @@ def test_what_is_called_is_the_same_whatever_is_asked() -> None:
 def test_one_url_needs_no_list() -> None:
     config = parse_run({"llm": {"urls": "http://a/v1", "models": {"x": {"urls": "http://b/v1"}}}})
     assert (config.llm.urls, config.llm.named("x").urls) == (["http://a/v1"], ["http://b/v1"])
+
+
+@pytest.mark.parametrize("url", ["https://host/v1", "http://[::1]:8000/v1", "http://u:p@host:80", "HTTP://a_b"])
+def test_what_may_be_a_url(url: str) -> None:
+    check_url(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "host", "ftp://host", "http://", "http://h:port", "http://h:70000", "http://[::1", "http://h /v1"]
+)
+def test_what_is_no_url(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not the URL of a server; it must look like http://host:8000/v1"):
+        check_url(url)
 
 
 def test_what_is_written_holds_what_was_set() -> None:
@@ -126,6 +149,9 @@ def test_an_unknown_key_that_is_near_to_nothing_has_no_hint() -> None:
         ({"roles": {"judge": 5}}, "setting at roles.judge: Expected `object`"),
         ({"llm": {"models": {"big": {"concurrency": 0}}}}, "setting at llm.models.big.concurrency"),
         ({"llm": {"models": {"big": {"transport": "pigeon"}}}}, "setting at llm.models.big.transport"),
+        ({"llm": {"urls": "gpu:8000/v1"}}, "setting at llm.urls: 'gpu:8000/v1' is not the URL of a server"),
+        ({"llm": {"urls": ["http://a/v1", "http://gpu:port/v1"]}}, "setting at llm.urls: 'http://gpu:port/v1'"),
+        ({"llm": {"models": {"big": {"urls": "http:///v1"}}}}, "setting at llm.models.big.urls: 'http:///v1'"),
         ({"llm": {"models": {"default": {}}}}, "setting at llm.models.default: the default model is llm itself"),
     ],
 )

@@ -19,26 +19,30 @@ from hypothesis import strategies as st
 
 from matrix_bus.agent import Next, Outcome, Workflow, failed, filtered, load_workflow, success
 from matrix_bus.bus import Bus, Lane, Message, delivery_facts
-from matrix_bus.config import Sampling, parse_run
+from matrix_bus.config import ModelConfig, Sampling, parse_run
 from matrix_bus.errors import (
     BusUnavailable,
     EndpointGone,
     HandlerError,
     LimitReached,
+    ModelError,
     RateLimited,
     Retry,
     WorkerCrashed,
 )
 from matrix_bus.llm import LLM
 from matrix_bus.orchestrator import Orchestrator, RowMessage, Usage, admit
+from matrix_bus.worker import models as models_module
 from matrix_bus.worker import watchdog as watchdog_module
 from matrix_bus.worker.delivery import Delivery
 from matrix_bus.worker.failure import backoff_s
 from matrix_bus.worker.handlers import Caller, Executors
 from matrix_bus.worker.heartbeat import Wheel
 from matrix_bus.worker.limits import check
+from matrix_bus.worker.models import Models
 from matrix_bus.worker.pulling import Pool, Pump, Share
 from matrix_bus.worker.watchdog import Watchdog
+from tests.helpers import until
 
 # --- slots --------------------------------------------------------------------------------------------------
 
@@ -470,6 +474,27 @@ async def test_what_blocks_and_is_no_handler_is_unknown(monkeypatch: pytest.Monk
     compute(0.4)
     running.cancel()
     assert watchdog.blocked == {"unknown": 1}
+
+
+# --- the embedded model -------------------------------------------------------------------------------------
+
+
+async def test_the_embedded_model_is_looked_after_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models_module, "_LOOK_AGAIN_S", 0.01)
+    trouble = [OSError("no space left"), ModelError("no answer")]
+    looks = itertools.count()
+
+    def embedded() -> str:
+        look = next(looks)
+        if 1 <= look <= len(trouble):
+            raise trouble[look - 1]
+        return "http://a" if look == 0 else "http://b"
+
+    models = Models(embedded)
+    pool = await models.pool(ModelConfig())
+    assert [endpoint.url for endpoint in pool.endpoints] == ["http://a"]
+    await until(lambda: [endpoint.url for endpoint in pool.endpoints] == ["http://b"], "the model to come back")
+    await models.close()
 
 
 # --- threads and processes ----------------------------------------------------------------------------------
