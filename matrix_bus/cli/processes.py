@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import AsyncIterator
 from typing import Annotated
 
 import typer
@@ -20,6 +24,7 @@ from . import app
 from .common import LogJson, LogLevel, Server, broker_url, embedded_model, go, relax_collector, say
 
 _RESTART_WAIT_S = 1.0
+_END_S = 2.0
 
 
 class Action(enum.StrEnum):
@@ -72,7 +77,7 @@ def worker(
         from ..worker import Worker, garbage
 
         bus = await _connect_patiently(url)
-        async with bus:
+        async with _without_stragglers(), bus:
             serving = Worker(bus, flows, roles=role or [], slots=slots, grace_s=grace_s, embedded_model=embedded_model)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -90,6 +95,23 @@ def worker(
                 signal.signal(number, signal.SIG_IGN)
 
     go(work())
+
+
+@contextlib.asynccontextmanager
+async def _without_stragglers() -> AsyncIterator[None]:
+    """Ends the process soon after the block, although a thread still runs: Python would wait for it.
+
+    Nothing can stop a handler that hangs in a thread; its hop is handed back, and nobody waits for what it returns.
+    """
+    code = 1
+    try:
+        yield
+        code = 0
+    finally:
+        ending = threading.Timer(_END_S, os._exit, [code])
+        ending.daemon = True
+        ending.start()
+        sys.stdout.flush()  # of handlers that print
 
 
 async def _connect_patiently(url: str) -> Bus:

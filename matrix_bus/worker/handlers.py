@@ -7,6 +7,8 @@ import atexit
 import contextlib
 import contextvars
 import multiprocessing
+import os
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,34 +26,65 @@ class Executors:
     """Threads and processes for plain `def` handlers, started when first used."""
 
     def __init__(self, threads: int, processes: int) -> None:
-        self._sizes = (threads, processes)
+        self._most_threads = threads
         self._threads: ThreadPoolExecutor | None = None
-        self._processes: ProcessPoolExecutor | None = None
+        self._places = asyncio.Semaphore(processes)
+        self._idle: list[ProcessPoolExecutor] = []
+        """Each of one process, so that one that has to be killed takes no other's call with it."""
 
     def in_thread(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(self._sizes[0], thread_name_prefix="matrix-bus-handler")
+            self._threads = ThreadPoolExecutor(self._most_threads, thread_name_prefix="matrix-bus-handler")
         context = contextvars.copy_context()
         return asyncio.get_running_loop().run_in_executor(self._threads, context.run, function, *args)
 
     async def in_process(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Raises `WorkerCrashed` if the process died, whose other work is lost and retried too."""
-        if self._processes is None:
-            # spawn: a fork of a process with a running loop, threads and sockets is not safe
-            context = multiprocessing.get_context("spawn")
-            self._processes = ProcessPoolExecutor(self._sizes[1], mp_context=context)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._processes, function, *args)
-        except BrokenProcessPool:
-            if self._processes is not None:
-                self._processes.shutdown(wait=False)
-                self._processes = None
-            raise WorkerCrashed("a process handler died, or took its pool down: killed, or out of memory") from None
+        """Raises `WorkerCrashed` if the process died. Where this is cancelled, the process is killed: it may hang."""
+        async with self._places:
+            process = self._idle.pop() if self._idle else _new_process()
+            usable = True
+            try:
+                return await asyncio.get_running_loop().run_in_executor(process, function, *args)
+            except BrokenProcessPool:
+                usable = False
+                raise WorkerCrashed("the process of the handler died: killed, or out of memory?") from None
+            except asyncio.CancelledError:
+                usable = False
+                raise
+            finally:
+                if usable:
+                    self._idle.append(process)
+                else:
+                    _kill(process)
 
     def close(self) -> None:
-        for pool in (self._threads, self._processes):
+        """Waits for nobody: what still runs in a thread cannot be stopped."""
+        for pool in (self._threads, *self._idle):
             if pool is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _new_process() -> ProcessPoolExecutor:
+    # spawn: a fork of a process with a running loop, threads and sockets is not safe
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    for process in list(pool._processes.values()):  # public as `kill_workers` from Python 3.14 on
+        process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """In the child: a worker that is killed closes nothing, and its processes would wait for work for ever."""
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, name="matrix-bus-parent", daemon=True).start()
 
 
 class Caller:

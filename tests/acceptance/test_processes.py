@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import urllib.request
 from pathlib import Path
+
+import psutil
+import pytest
 
 from matrix_bus.broker import Broker
 from matrix_bus.service import free_port
 from tests.acceptance.conftest import Shell
+from tests.helpers import until_sync
 
 KINDS = """
 import asyncio
@@ -92,3 +97,63 @@ def test_handlers_of_every_kind_with_logs_and_metrics(shell: Shell, broker: Brok
     assert 'matrix_bus_hops_total{role="blocks",settled="outcome",workflow="kinds"} 5.0' in metrics
     assert 'matrix_bus_outcomes_total{outcome="failed",workflow="kinds"} 1.0' in metrics
     assert 'matrix_bus_handler_seconds_count{role="blocks",workflow="kinds"} 5.0' in metrics
+
+
+HANGS = """
+import os
+import time
+
+from matrix_bus import Next, Outcome, Row, State, Workflow, success, to
+
+
+class Work(State):
+    x: int
+
+
+def work(name: str) -> None:
+    if os.environ.get("HANGS"):
+        open(f"{name} works", "x").close()
+        time.sleep(600)
+
+
+flow = Workflow("hangs", state=Work, start="pick")
+
+
+@flow.role
+async def pick(row: Row[Work]) -> Next:
+    return to("in_thread" if row.state.x else "in_process")
+
+
+@flow.role
+def in_thread(row: Row[Work]) -> Outcome:
+    work("thread")
+    return success()
+
+
+@flow.role(process=True)
+def in_process(row: Row[Work]) -> Outcome:
+    work("process")
+    return success()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_worker_ends_with_its_processes_although_handlers_hang(
+    shell: Shell, broker: Broker, number: int, code: int
+) -> None:
+    (shell.directory / "hangs.py").write_text(HANGS)
+    words = ("-w", "hangs.py", "--server", broker.url)
+    submitter = shell.start("submit", str(shell.dataset(2)), *words, "ack_wait_s=2")
+    worker = shell.start("worker", *words, "--grace-s", "0.2", HANGS="yes")
+    for name in ("thread", "process"):
+        until_sync((shell.directory / f"{name} works").exists, f"the handler in a {name} to be at work")
+    children = psutil.Process(worker.pid).children(recursive=True)
+    assert children
+    worker.signal(number)
+    assert worker.ends(20) == code, worker.said
+    assert "Traceback" not in worker.said
+    until_sync(lambda: not any(child.is_running() for child in children), "its processes to be gone")
+    shell.start("worker", *words)
+    assert submitter.ends(20) == 0, submitter.said
+    rows = [json.loads(line) for line in (shell.directory / "out.jsonl").read_text().splitlines()]
+    assert [(row["outcome"], row["errors"]) for row in rows] == [("success", [])] * 2

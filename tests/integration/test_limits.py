@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-from matrix_bus import Next, Retry, Row, RunConfig, control, registry, to
+import pytest
+
+from matrix_bus import Next, Retry, RoleConfig, Row, RunConfig, control, registry, to
+from matrix_bus.agent import load_workflow
 from matrix_bus.bus import Bus
 from matrix_bus.config import parse_run
 from matrix_bus.orchestrator import OutcomeRecord, outcome_stream
-from tests.helpers import all_outcomes, done, messages, submitted, until, working
+from tests.helpers import all_outcomes, done, messages, submitted, unique, until, working
 from tests.trip import Step, Trip, rows, trip
 
 
@@ -52,6 +57,38 @@ async def test_a_row_ends_when_its_time_is_up_inside_a_handler(bus: Bus) -> None
     outcome = await _limited(bus, parse_run({"limits": {"row_s": 0.5}}), stay)
     assert "limits.row_s=0.5" in outcome.errors[-1].message
     assert [error.type for error in outcome.errors] == ["TimeoutError", "LimitReached"]
+
+
+HANGING = """
+import time
+import matrix_bus as mb
+
+class Note(mb.State):
+    hangs: bool = False
+
+flow = mb.Workflow("NAME", state=Note, start="burn")
+
+@flow.role(process=True)
+def burn(row: mb.Row[Note]) -> mb.Outcome:
+    while row.state.hangs:
+        time.sleep(0.01)
+    return mb.success()
+"""
+
+
+async def test_a_process_handler_that_hangs_holds_up_no_other(
+    bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    path = tmp_path / "hanging.py"
+    path.write_text(HANGING.replace("NAME", unique("hanging")))
+    flow: Any = load_workflow(str(path))
+    async with working(bus.url, flow):
+        config = RunConfig(roles={"burn": RoleConfig(timeout_s=0.1, max_attempts=2)})
+        (hung,) = await all_outcomes(bus, await submitted(bus, flow, [b'{"hangs": true}'], config))
+        (good,) = await all_outcomes(bus, await submitted(bus, flow, [b"{}"]))
+    assert (hung.outcome, hung.reason, hung.attempts) == ("failed", "timeout", 2)
+    assert (good.outcome, good.errors) == ("success", [])
 
 
 async def test_a_retry_that_would_come_after_the_time_is_not_waited_for(bus: Bus) -> None:

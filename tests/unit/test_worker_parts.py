@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -502,6 +503,7 @@ async def test_the_embedded_model_is_looked_after_whatever_happens(monkeypatch: 
 SOURCE = """
 import os
 import signal
+import time
 
 import msgspec
 
@@ -525,6 +527,11 @@ flow = mb.Workflow("parts", state=Work, start="burn", config=Settings)
 def burn(row: mb.Row[Work], settings: Settings):
     if row.state.todo == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if row.state.todo.startswith("hang"):
+        with open(row.state.todo.removeprefix("hang "), "x") as note:
+            note.write(str(os.getpid()))
+        while True:
+            time.sleep(0.01)
     if row.state.todo == "raise":
         raise ValueError("no")
     row.state.pid = os.getpid()
@@ -544,10 +551,9 @@ def flow(tmp_path: Path) -> Workflow[Any]:
 def executors() -> Iterator[Executors]:
     made = Executors(threads=2, processes=1)
     yield made
-    processes = made._processes
     made.close()
-    if processes is not None:
-        processes.shutdown()
+    for process in made._idle:
+        process.shutdown()
 
 
 def row(todo: str = "", role: str = "burn") -> Orchestrator:
@@ -581,6 +587,37 @@ async def test_a_process_that_dies_is_replaced(flow: Workflow[Any], executors: E
     assert WorkerCrashed.transient
     _, state = await called(call, row())
     assert flow.decode_state(state).pid not in (0, os.getpid())
+
+
+async def hung(call: Caller, note: Path) -> tuple[asyncio.Task[Any], int]:
+    """A call that does not return, and the process that it is in."""
+    task = asyncio.create_task(called(call, row(f"hang {note}")))
+    await until(lambda: note.exists() and note.read_text(), "the handler to start")
+    return task, int(note.read_text())
+
+
+async def test_a_process_that_hangs_is_killed_with_its_call(
+    flow: Workflow[Any], executors: Executors, tmp_path: Path
+) -> None:
+    call = Caller(flow, flow.roles["burn"], {flow.config: flow.parse_config({})}, executors, trials=1)
+    hanging, pid = await hung(call, tmp_path / "started")
+    hanging.cancel()
+    _, state = await asyncio.wait_for(called(call, row()), 20)
+    assert flow.decode_state(state).pid not in (0, os.getpid(), pid)
+    await until(lambda: not psutil.pid_exists(pid), "the process to be gone")
+
+
+async def test_a_process_that_dies_takes_no_other_call_with_it(flow: Workflow[Any], tmp_path: Path) -> None:
+    executors = Executors(threads=1, processes=2)
+    call = Caller(flow, flow.roles["burn"], {flow.config: flow.parse_config({})}, executors, trials=1)
+    beside, _ = await hung(call, tmp_path / "started")
+    with pytest.raises(WorkerCrashed):
+        await called(call, row("die"))
+    await called(call, row())
+    assert not beside.done()
+    beside.cancel()
+    await asyncio.wait({beside})
+    executors.close()
 
 
 async def test_a_thread_handler_leaves_the_loop_free(executors: Executors) -> None:
