@@ -200,6 +200,17 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, TimeoutError) or (isinstance(error, MatrixBusError) and error.transient)
 
 
+def decisive(error: Exception) -> Exception:
+    """The error that decides how a hop settles.
+
+    Of a group, as `asyncio.TaskGroup` raises it, that is the first which is not transient, else the first.
+    """
+    if not isinstance(error, ExceptionGroup):
+        return error
+    causes = [decisive(inner) for inner in error.exceptions]
+    return next((cause for cause in causes if not is_transient(cause)), causes[0])
+
+
 # --- telling about it -------------------------------------------------------------------------------------------
 
 

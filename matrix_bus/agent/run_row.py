@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic
 import msgspec
 from msgspec import Raw, Struct
 
-from ..errors import HandlerError, RowError, is_transient
+from ..errors import HandlerError, RowError, decisive, is_transient
 from ..llm import LLM, Responder, ScriptedModels
 from ..orchestrator import (
     ErrorRecord,
@@ -89,10 +89,11 @@ async def run_row(
             try:
                 decision, message = await _hop(flow, message, available, models)
             except Exception as error:
-                if not is_transient(error) or message.attempt >= max_attempts:
+                cause = decisive(error)
+                if not is_transient(cause) or message.attempt >= max_attempts:
                     raise
                 what = ErrorRecord(
-                    type(error).__name__, clean(str(error)), message.role, message.hop, message.attempt, now
+                    type(cause).__name__, clean(str(cause)), message.role, message.hop, message.attempt, now
                 )
                 message = retry(message, what, 0.0)
                 continue

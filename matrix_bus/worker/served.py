@@ -10,7 +10,7 @@ from typing import Any
 from .. import metrics
 from ..agent import Next, Outcome, Workflow
 from ..answers import Answers
-from ..errors import HandlerError
+from ..errors import HandlerError, decisive
 from ..llm import LLM, ModelPool
 from ..orchestrator import Orchestrator
 from ..registry import RunRecord
@@ -76,7 +76,7 @@ class Served:
         except SystemExit:
             return HandlerError(f"role {message.role!r} called exit"), message.state
         except Exception as error:  # a failed row is data: whatever a handler raises ends up in its outcome
-            return error, message.state
+            return decisive(error), message.state
         finally:
             delivery.deadline = 0.0
             self.stats.in_flight -= 1

@@ -300,6 +300,30 @@ async def test_a_transient_error_is_tried_again_when_its_time_has_come(bus: Bus)
     assert calls[2] - calls[1] >= 0.09
 
 
+async def test_errors_of_a_handlers_own_task_group_count_as_what_they_are(bus: Bus) -> None:
+    async def fan_out(row: Row[Trip]) -> Next:
+        async def call(error: Exception | None) -> None:
+            if error is not None:
+                raise error
+
+        trouble: list[Exception | None] = [None, RateLimited("slowly", retry_after_s=0.01), EndpointGone("gone")]
+        if row.attempt == 2:
+            trouble.append(ValueError("a bug"))
+        async with asyncio.TaskGroup() as group:
+            for error in trouble:
+                group.create_task(call(error))
+        return to("b")
+
+    flow = trip(fan_out)
+    record = await submitted(bus, flow, rows(1))
+    async with working(bus.url, flow):
+        (outcome,) = await all_outcomes(bus, record)
+    assert (outcome.outcome, outcome.reason, outcome.attempts) == ("failed", "error: ValueError", 2)
+    assert [(e.type, e.attempt) for e in outcome.errors] == [("RateLimited", 1), ("ValueError", 2)]
+    assert outcome.errors[0].message == "slowly"
+    assert "a bug" in outcome.errors[1].message and "in call" in outcome.errors[1].message
+
+
 async def test_attempts_are_used_up_and_a_hop_has_a_time_limit(bus: Bus) -> None:
     async def stuck(row: Row[Trip]) -> Next:
         await asyncio.Event().wait()

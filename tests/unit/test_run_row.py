@@ -119,6 +119,21 @@ async def test_what_is_wrong_is_said(row: Any, given: dict[str, Any], error: typ
         await drafting().run_row(row, **given)
 
 
+async def test_a_group_of_errors_is_retried_if_all_of_them_may_pass() -> None:
+    flow = mb.Workflow("draft", state=Draft, start="end")
+
+    @flow.role
+    async def end(row: mb.Row[Draft]) -> mb.Outcome:
+        errors: list[Exception] = [mb.RateLimited("busy"), ExceptionGroup("inner", [TimeoutError()])]
+        if row.attempt == 2:
+            errors.append(ValueError("mine"))
+        raise ExceptionGroup("outer", errors)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await flow.run_row(ROW)
+    assert caught.group_contains(ValueError), "it comes out as it is, from the second attempt"
+
+
 async def test_an_outcome_that_a_worker_would_refuse_is_refused() -> None:
     flow = mb.Workflow("draft", state=Draft, start="end")
 
