@@ -73,6 +73,8 @@ class RunRecord(Struct, kw_only=True):
     """By number from 1, of the shards that are submitted: (rows, lines); until the last of them is."""
     retried: int = 0
     """How many times failed rows were sent again: outcomes outnumber rows then."""
+    retrying: bool = False
+    """It is not sealed because failed rows are being sent again; else because rows are being submitted."""
     why: str = ""
     """Why it is paused."""
     watch_from: int = 0
@@ -285,34 +287,50 @@ async def update(bus: Bus, run: str, *, when: RunState | None = None, **changes:
 
     With `when` only in that state; returns the record as it is then.
     """
-    return await _change(bus, run, lambda record: msgspec.structs.replace(record, **changes), when)
+
+    def changed(record: RunRecord) -> RunRecord:
+        return record if when not in (None, record.state) else msgspec.structs.replace(record, **changes)
+
+    return await change(bus, run, changed)
 
 
-async def seal(bus: Bus, run: str, shard: int, rows: int, lines: int) -> RunRecord:
-    """Notes that all `rows` of a shard are submitted, of so many `lines`; the last shard gives the run its total."""
+async def seal(bus: Bus, opened: RunRecord, shard: int, rows: int, lines: int) -> RunRecord:
+    """Notes that all `rows` of a shard are submitted, of so many `lines`; the last shard gives the run its total.
+
+    `opened` is the run as it was when the submission began. Nothing changes where it is not for the submitter to seal.
+    """
 
     def with_shard(record: RunRecord) -> RunRecord:
+        if not is_open_since(record, opened):
+            return record
         sealed = {**record.sealed, shard: (rows, lines)}
         if len(sealed) < record.shards:
             return msgspec.structs.replace(record, sealed=sealed)
-        total = (record.total_before or 0) + sum(of[0] for of in sealed.values())
+        total = (opened.total_before or 0) + sum(of[0] for of in sealed.values())
         most = max(record.lines, *(of[1] for of in sealed.values()))
-        return msgspec.structs.replace(record, total=total, total_before=None, lines=most, sealed={})
+        return msgspec.structs.replace(record, total=total, total_before=None, lines=most, sealed={}, retrying=False)
 
-    return await _change(bus, run, with_shard)
+    return await change(bus, opened.id, with_shard)
 
 
-async def _change(
-    bus: Bus, run: str, change: Callable[[RunRecord], RunRecord], when: RunState | None = None
-) -> RunRecord:
+def is_open_since(record: RunRecord, opened: RunRecord) -> bool:
+    """Whether the run is to be sealed by who found it as `opened`.
+
+    It may be sealed: by another who did the same, or by the same one, with a confirmation that got lost. And if its
+    dataset has grown since, whoever submits the rest of it seals it.
+    """
+    return record.total is None and record.dataset == opened.dataset
+
+
+async def change(bus: Bus, run: str, changed: Callable[[RunRecord], RunRecord]) -> RunRecord:
+    """Replaces the record by what `changed` makes of it, which is asked again if somebody else was faster."""
     while True:
         stored = await bus.last(_KEYS, _key(run))
         if stored is None:
             raise RunError(f"no run {run!r} on this broker")
-        record = _decode.decode(stored.data)
-        if when is not None and record.state != when:
+        found = _decode.decode(stored.data)
+        if (record := changed(found)) == found:
             return record
-        record = change(record)
         try:
             body, headers = msgspec.json.encode(record), fence(stored.seq)
             await patiently(bus, lambda: bus.publish(_key(run), body, headers))  # noqa: B023 - awaited at once

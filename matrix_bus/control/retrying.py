@@ -49,11 +49,7 @@ async def retry_failed(bus: Bus, run: str, *, reason: str = "", rows: frozenset[
     are still being submitted, or the run was cancelled.
     """
     record = await registry.require(bus, run)
-    if record.state not in ("active", "paused"):
-        raise RunError(f"run {run!r} is {record.state}: submit its failed rows as a run of their own")
-    total = record.total if record.total is not None else record.total_before
-    if total is None:
-        raise RunError(f"rows of run {run!r} are still being submitted: retry when it is sealed")
+    _opened(record)
 
     def chosen(outcome: _Outcome) -> bool:
         return (
@@ -68,10 +64,27 @@ async def retry_failed(bus: Bus, run: str, *, reason: str = "", rows: frozenset[
     # Not sealed meanwhile: whoever follows it must not take it for complete.
     # And the stop rule must not hold their old outcomes against them.
     last = await patiently(bus, lambda: bus.last_sequence(outcome_stream(run)))
-    await registry.update(bus, run, total=None, total_before=total, retried=record.retried + 1, watch_from=last)
-    sent = await _send(bus, record, newest)
-    await registry.update(bus, run, total=total, total_before=None)
+    opened = await registry.change(
+        bus, run, lambda there: msgspec.structs.replace(_opened(there), retried=record.retried + 1, watch_from=last)
+    )
+    sent = await _send(bus, opened, newest)
+    await registry.change(bus, run, lambda there: _sealed(there) if registry.is_open_since(there, opened) else there)
     return sent
+
+
+def _opened(record: RunRecord) -> RunRecord:
+    """The run without its total, which it gets back when the rows are sent. Raises `RunError`."""
+    if record.state not in ("active", "paused"):
+        raise RunError(f"run {record.id!r} is {record.state}: submit its failed rows as a run of their own")
+    if record.retrying:  # or that died half-way
+        return record
+    if record.total is None:
+        raise RunError(f"rows of run {record.id!r} are still being submitted: retry when it is sealed")
+    return msgspec.structs.replace(record, total=None, total_before=record.total, retrying=True)
+
+
+def _sealed(record: RunRecord) -> RunRecord:
+    return msgspec.structs.replace(record, total=record.total_before, total_before=None, retrying=False)
 
 
 async def _newest(bus: Bus, run: str, chosen: Callable[[_Outcome], bool]) -> dict[int, int]:

@@ -68,6 +68,11 @@ async def open_run(bus: Bus, record: RunRecord) -> RunRecord:
                 raise
         else:
             return record
+    return await registry.change(bus, record.id, lambda there: _continued(there, record))
+
+
+def _continued(there: RunRecord, record: RunRecord) -> RunRecord:
+    """The run that is there, opened for what `record` adds to it."""
     if there.state not in ("active", "paused"):
         raise RunError(f"run {record.id!r} is {there.state}: choose another --run")
     for field in ("workflow", "code_hash", "config", "shards"):
@@ -80,7 +85,9 @@ async def open_run(bus: Bus, record: RunRecord) -> RunRecord:
     if there.dataset == record.dataset:
         return there
     before = there.total_before if there.total is None else there.total
-    return await registry.update(bus, record.id, dataset=record.dataset, total=None, total_before=before, sealed={})
+    return msgspec.structs.replace(
+        there, dataset=record.dataset, total=None, total_before=before, sealed={}, retrying=False
+    )
 
 
 def _difference(old: Any, new: Any, at: str = "") -> str:

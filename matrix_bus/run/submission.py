@@ -131,7 +131,7 @@ async def submit(
                 await asyncio.sleep(0)  # confirmations come in even where publishing never has to wait
         # What the group still waits for is confirmed, or refused for good, before the run is sealed.
         await window.empty()
-    await patiently(bus, lambda: registry.seal(bus, record.id, shard, accepted * trials, seen))
+    await patiently(bus, lambda: registry.seal(bus, record, shard, accepted * trials, seen))
     rows = (record.total_before or 0) + accepted * trials
     on_progress(rows)
     return Submitted(record.id, rows, rejected, time.monotonic() - started)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from matrix_bus import Outcome, Row, RunConfig, control, run, success
+from matrix_bus import Outcome, Row, RunConfig, Workflow, control, dataset, registry, run, success
 from matrix_bus.bus import Bus
 from matrix_bus.config import parse_run
 from matrix_bus.errors import RunError
 from matrix_bus.orchestrator import hop_subject, work_stream
+from matrix_bus.registry import RunRecord
 from matrix_bus.worker import Worker
-from tests.helpers import all_outcomes, done, messages, submitted, unique, until, working
+from tests.helpers import all_outcomes, done, messages, numbered, submitted, unique, until, working
 from tests.trip import Trip, rows, trip
 
 NO_PAUSE = parse_run({"limits": {"failed_window": 0}})
@@ -176,6 +177,57 @@ async def test_nothing_is_sent_again_while_rows_are_still_submitted(bus: Bus) ->
     record = await run.open_run(bus, run.new_record(trip(), RunConfig()))
     with pytest.raises(RunError, match="still being submitted"):
         await control.retry_failed(bus, record.id)
+
+
+async def _opened(bus: Bus, flow: Workflow[Trip], name: str, path: Path, lines: int) -> RunRecord:
+    """The run, opened by a submitter that finds so many lines in its file."""
+    path.write_bytes(b"\n".join(rows(lines)) + b"\n")
+    return await run.open_run(bus, run.new_record(flow, NO_PAUSE, run=name, source=dataset.identity(str(path))))
+
+
+async def test_nothing_is_sent_again_while_rows_are_added(bus: Bus, tmp_path: Path) -> None:
+    luck = Luck(0)
+    flow, name, path = trip(luck), unique("trip"), tmp_path / "data.jsonl"
+    record = await _opened(bus, flow, name, path, 2)
+    await run.submit(bus, record, numbered(rows(2)))
+    async with working(bus.url, flow):
+        await all_outcomes(bus, record)
+        assert await control.retry_failed(bus, name) == 1, "so that it counts as retried once"
+        added = await _opened(bus, flow, name, path, 5)
+        with pytest.raises(RunError, match="still being submitted"):
+            await control.retry_failed(bus, name)
+        await run.submit(bus, added, numbered(rows(5)))
+        assert (await registry.require(bus, name)).total == 5
+        await until(lambda: done(bus, record), "all rows to end")
+        luck.unlucky = set()
+        assert await control.retry_failed(bus, name) == 1
+
+
+async def test_a_run_stays_open_for_rows_that_are_added_while_others_are_sent_again(
+    bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow, name, path = trip(Luck(0)), unique("trip"), tmp_path / "data.jsonl"
+    record = await _opened(bus, flow, name, path, 2)
+    await run.submit(bus, record, numbered(rows(2)))
+    async with working(bus.url, flow):
+        await all_outcomes(bus, record)
+    publish, gate, sending = Bus.publish, asyncio.Event(), asyncio.Event()
+
+    async def waits(self: Bus, subject: str, *more: object) -> object:
+        if subject.startswith(f"q.{name}._."):
+            sending.set()
+            await gate.wait()
+        return await publish(self, subject, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Bus, "publish", waits)
+    retrying = asyncio.create_task(control.retry_failed(bus, name))
+    await sending.wait()
+    added = await _opened(bus, flow, name, path, 5)
+    gate.set()
+    assert await retrying == 1
+    assert (await registry.require(bus, name)).total is None
+    await run.submit(bus, added, numbered(rows(5)))
+    assert (await registry.require(bus, name)).total == 5
 
 
 # --- dead letters -------------------------------------------------------------------------------------------

@@ -190,6 +190,85 @@ async def test_lines_are_added_also_if_the_submitter_dies_on_the_way(bus: Bus, t
         assert [o.row for o in await all_outcomes(bus, record)] == list(range(10))
 
 
+class Growing:
+    """A run whose file grows."""
+
+    def __init__(self, bus: Bus, folder: Path, shards: int = 1) -> None:
+        self.bus = bus
+        self.flow = trip()
+        self.name = unique("trip")
+        self.path = folder / "data.jsonl"
+        self.shards = shards
+
+    async def opened(self, lines: int) -> RunRecord:
+        """Opened by a submitter that finds so many lines."""
+        self.path.write_bytes(b"\n".join(rows(lines)) + b"\n")
+        source = dataset.identity(str(self.path))
+        record = run.new_record(self.flow, RunConfig(), run=self.name, source=source, shards=self.shards)
+        return await run.open_run(self.bus, record)
+
+    async def submitted(self, record: RunRecord, lines: int, shard: int = 1) -> int | None:
+        """Submitted by who opened it as `record`; the total of the run after that."""
+        part = numbered(rows(lines))[shard - 1 :: self.shards]
+        await run.submit(self.bus, record, part, shard=shard)
+        return await self.total()
+
+    async def total(self) -> int | None:
+        return (await registry.require(self.bus, self.name)).total
+
+
+async def test_two_submitters_that_add_the_same_lines_are_as_one(bus: Bus, tmp_path: Path) -> None:
+    growing = Growing(bus, tmp_path)
+    await growing.submitted(await growing.opened(4), 4)
+    first, second = await growing.opened(6), await growing.opened(6)
+    assert await growing.submitted(first, 6) == 6
+    assert await growing.submitted(second, 6) == 6
+    await registry.seal(bus, second, 1, rows=2, lines=6)  # as if the confirmation had been lost
+    assert await growing.total() == 6
+
+
+async def test_lines_are_added_in_shards_of_which_one_is_sealed_twice(bus: Bus, tmp_path: Path) -> None:
+    growing = Growing(bus, tmp_path, shards=2)
+    before = await growing.opened(4)
+    assert [await growing.submitted(before, 4, shard) for shard in (1, 2)] == [None, 4]
+    added = await growing.opened(8)
+    assert [await growing.submitted(added, 8, shard) for shard in (2, 2, 1, 1, 2)] == [None, None, 8, 8, 8]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+async def test_a_file_that_grows_while_it_is_submitted_is_sealed_by_who_has_all_of_it(
+    bus: Bus, tmp_path: Path, shards: int
+) -> None:
+    growing = Growing(bus, tmp_path, shards)
+    first = await growing.opened(4)
+    for shard in range(1, shards + 1):
+        await growing.submitted(first, 4, shard)
+    shorter = await growing.opened(6)
+    longer = await growing.opened(10)
+    parts = range(1, shards + 1)
+    assert [await growing.submitted(shorter, 6, shard) for shard in parts][-1] is None
+    assert [await growing.submitted(longer, 10, shard) for shard in parts][-1] == 10
+    assert [await growing.submitted(shorter, 6, shard) for shard in parts][-1] == 10
+
+
+async def test_a_run_that_is_sealed_while_somebody_opens_it_for_more_lines(
+    bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    growing = Growing(bus, tmp_path)
+    await growing.submitted(await growing.opened(4), 4)
+    first = await growing.opened(6)
+    get = registry.get
+
+    async def get_and_wait(bus: Bus, name: str) -> RunRecord | None:
+        found = await get(bus, name)
+        monkeypatch.setattr(registry, "get", get)
+        await growing.submitted(first, 6)
+        return found
+
+    monkeypatch.setattr(registry, "get", get_and_wait)
+    assert await growing.submitted(await growing.opened(10), 10) == 10
+
+
 async def _outcomes(bus: Bus, record: RunRecord, count: int) -> bool:
     return await messages(bus, outcome_stream(record.id)) >= count
 
