@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -261,11 +261,16 @@ async def require(bus: Bus, run: str) -> RunRecord:
 
 
 async def runs(bus: Bus, said: set[str] | None = None) -> list[RunRecord]:
-    """All runs that are not deleted, oldest first. Those in `said` are known to be unreadable."""
+    """All runs that are not deleted, oldest first. Those in `said` are known to be unreadable. Raises `BusError`."""
     try:
         stored = [message async for message in bus.read(_KEYS)]  # the bucket keeps the newest of each key
-    except NobodyListens:
-        return []  # no run was ever submitted here: the bucket does not exist yet
+    except NobodyListens:  # no run was ever submitted here, or the servers that have the bucket are away
+        try:
+            await bus.api(f"STREAM.INFO.{_KEYS}")
+        except PublishRefused as error:
+            if error.code == STREAM_NOT_FOUND:
+                return []
+        raise
     said = said if said is not None else set()
     records = [record for message in stored if (record := _readable(message, said)) is not None]
     return sorted((r for r in records if r.state != "deleted"), key=lambda r: r.created_at)
@@ -341,7 +346,7 @@ async def change(bus: Bus, run: str, changed: Callable[[RunRecord], RunRecord]) 
             return record
 
 
-async def watch(bus: Bus) -> AsyncIterator[list[RunRecord]]:
+async def watch(bus: Bus) -> AsyncGenerator[list[RunRecord], None]:
     """The runs that are active or paused: now, after each change and reconnect, and every few seconds in any case.
 
     A change of a key passes by as an ordinary message; it only says that it is time to look.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from matrix_bus.broker import Broker
 from matrix_bus.bus import STREAM_NOT_FOUND, Bus
 from matrix_bus.config import BrokerConfig, LlmConfig
 from matrix_bus.dataset import Rejected
-from matrix_bus.errors import BusUnsuitable, ConfigError, PublishRefused, RunError
+from matrix_bus.errors import BusUnsuitable, ConfigError, NobodyListens, PublishRefused, RunError
 from matrix_bus.orchestrator import (
     SCHEMA,
     outcome_stream,
@@ -439,6 +440,28 @@ async def test_a_run_whose_model_cannot_be_started_is_tried_again(bus: Bus, capl
         assert "Traceback" in caplog.text
         full = False
         await until(lambda: worker.serving == [record.id], "the run to be served")
+
+
+async def test_runs_that_nobody_can_tell_of_are_not_taken_for_gone(broker: Broker) -> None:
+    """As in a cluster, when the servers that have the bucket are down: its direct gets have no responder then."""
+    async with connected(broker.url) as bus, contextlib.aclosing(registry.watch(bus)) as seen:
+        assert await anext(seen) == await registry.runs(bus) == [], "no run was ever submitted"
+        record = await submitted(bus, trip(), rows(2))
+        await until(lambda: _sees(seen, record), "the run")
+        bucket = (await bus.api("STREAM.INFO.KV_mb_runs"))["config"]
+        await bus.api("STREAM.UPDATE.KV_mb_runs", {**bucket, "allow_direct": False})
+        with pytest.raises(NobodyListens):
+            await registry.runs(bus)
+        next_look = asyncio.create_task(anext(seen))
+        await registry.update(bus, record.id, why="somebody changed it")
+        with pytest.raises(NobodyListens):
+            await registry.runs(bus)
+        await bus.api("STREAM.UPDATE.KV_mb_runs", bucket)
+        assert [found.id for found in await next_look] == [record.id]
+
+
+async def _sees(seen: AsyncIterator[list[RunRecord]], record: RunRecord) -> bool:
+    return record.id in [found.id for found in await anext(seen)]
 
 
 # --- settings of a run ------------------------------------------------------------------------------------------
