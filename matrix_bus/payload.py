@@ -11,8 +11,9 @@ import base64
 import hashlib
 import re
 import secrets
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Raw, Struct
@@ -44,6 +45,7 @@ class _Meta(Struct, omit_defaults=True):
 
 _NAMES = re.compile(rb'\{"\$(?:large|calls)":\{"sha256":"([0-9a-f]{64})"')
 
+T = TypeVar("T")
 log = logger("payload")
 _calls = msgspec.json.Decoder(list[Raw])
 _meta = msgspec.json.Decoder(_Meta)
@@ -70,8 +72,10 @@ def stream_config(run: str) -> dict[str, Any]:
 class Payloads:
     """The large values of one run. Calls wait for a broker that is away or full."""
 
-    def __init__(self, bus: Bus, run: str) -> None:
+    def __init__(self, bus: Bus, run: str, still_wanted: Callable[[], Awaitable[object]] | None = None) -> None:
+        """`still_wanted` raises if the run was ended; without it a `put` into a store that is gone waits for ever."""
         self._bus = bus
+        self._still_wanted = still_wanted
         self._bucket = bucket(run)
         self._stream = stream_of(run)
 
@@ -110,7 +114,7 @@ class Payloads:
                 continue
             if meta is None or meta.deleted:
                 break
-            body = await patiently(self._bus, lambda nuid=meta.nuid: self._chunks(nuid))  # type: ignore[misc]
+            body = await self._patiently(lambda nuid=meta.nuid: self._chunks(nuid))  # type: ignore[misc]
             if hashlib.sha256(body).hexdigest() == ref.sha256:
                 return body
             await pause(self._bus)
@@ -132,20 +136,23 @@ class Payloads:
             await self._purge(self._meta_subject(name))
             await self._purge(self._chunk_subject(meta.nuid))
 
+    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
+        return await patiently(self._bus, work, self._still_wanted)
+
     async def _append(self, subject: str, body: bytes, last: int) -> int:
         """Stores a message behind the subject's `last` one, once, however often it must be sent; its sequence."""
         try:
-            return (await patiently(self._bus, lambda: self._bus.publish(subject, body, fence(last)))).seq
+            return (await self._patiently(lambda: self._bus.publish(subject, body, fence(last)))).seq
         except PublishRefused as error:
             if not is_lost_race(error):
                 raise
-            return await patiently(self._bus, lambda: self._bus.last_of(subject))
+            return await self._patiently(lambda: self._bus.last_of(subject))
 
     async def _has(self, name: str) -> bool:
-        return await patiently(self._bus, lambda: self._bus.last_of(self._meta_subject(name))) != 0
+        return await self._patiently(lambda: self._bus.last_of(self._meta_subject(name))) != 0
 
     async def _describe(self, name: str) -> _Meta | None:
-        stored = await patiently(self._bus, lambda: self._bus.last(self._stream, self._meta_subject(name)))
+        stored = await self._patiently(lambda: self._bus.last(self._stream, self._meta_subject(name)))
         return _meta.decode(stored.data) if stored is not None else None
 
     async def _chunks(self, nuid: str) -> bytes:

@@ -3,6 +3,7 @@
 All errors of the broker and of its client library are translated here, at one edge, into `matrix_bus.errors`.
 """
 
+from .group import unwrapped_group
 from .jetstream import Bus
 from .patience import FIRST_WAIT_S, note_refusal, patiently, pause
 from .pull import Lane
@@ -28,5 +29,6 @@ __all__ = (
     "note_refusal",
     "patiently",
     "pause",
+    "unwrapped_group",
     "without_password",
 )

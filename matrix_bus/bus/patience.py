@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from ..errors import BusTimeout, BusUnavailable, PublishRefused
+from ..errors import BusTimeout, BusUnavailable, NobodyListens, PublishRefused
 from ..telemetry import logger
 from .jetstream import Bus
 
@@ -24,12 +24,20 @@ T = TypeVar("T")
 log = logger("bus")
 
 
-async def patiently(bus: Bus, work: Callable[[], Awaitable[T]]) -> T:
-    """Repeats an idempotent call until the broker answers it. Raises `PublishRefused` for a refusal that stays."""
+async def patiently(
+    bus: Bus, work: Callable[[], Awaitable[T]], still_wanted: Callable[[], Awaitable[object]] | None = None
+) -> T:
+    """Repeats an idempotent call until the broker answers it. Raises `PublishRefused` for a refusal that stays.
+
+    Where nobody listens the broker is starting, or what is published to is gone for good: `still_wanted` raises then.
+    """
     wait_s = FIRST_WAIT_S
     while True:
         try:
             return await work()
+        except NobodyListens:
+            if still_wanted is not None:
+                await patiently(bus, still_wanted)
         except (BusTimeout, BusUnavailable):
             pass
         except PublishRefused as error:

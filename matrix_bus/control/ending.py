@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 
 from msgspec import Raw
 
 from .. import answers, registry
-from ..bus import STREAM_NOT_FOUND, Bus, Stored, fence, is_lost_race, patiently
+from ..bus import STREAM_NOT_FOUND, Bus, Stored, fence, is_lost_race, patiently, unwrapped_group
 from ..errors import PublishRefused, RowError, RunError
 from ..orchestrator import (
     LEASE_ROLE,
@@ -112,7 +113,7 @@ async def _end_all(bus: Bus, record: RunRecord, travelling: bool) -> int:
         finally:
             room.release()
 
-    async with asyncio.TaskGroup() as group:
+    async with unwrapped_group() as group:
         async for message in bus.read(work_stream(record.id)):
             if (message.subject.split(".")[2] != LEASE_ROLE) == travelling:
                 await room.acquire()
@@ -127,8 +128,9 @@ async def _end(bus: Bus, record: RunRecord, message: Stored) -> bool:
     outcome = finish(row, record.workflow, record.config.trials, "filtered", "cancelled", time.time())
     body = encode_fitting(outcome, bus.max_payload - _HEADROOM_BYTES)
     subject = outcome_subject(record.id, row.n, row.generation)
+    still_there = partial(registry.require, bus, record.id)
     try:
-        await patiently(bus, lambda: bus.publish(subject, body, fence(0)))
+        await patiently(bus, lambda: bus.publish(subject, body, fence(0)), still_there)
     except PublishRefused as error:
         if not is_lost_race(error):
             raise

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from .. import registry
-from ..bus import STREAM_NOT_FOUND, Bus, Stored, fence, is_lost_race, patiently
+from ..bus import Bus, Stored, fence, is_lost_race, patiently, unwrapped_group
 from ..errors import PublishRefused, RunError
 from ..orchestrator import (
     HEADER_GENERATION,
@@ -19,7 +19,6 @@ from ..orchestrator import (
     family,
     outcome_stream,
     row_subject,
-    work_stream,
 )
 from ..registry import RunRecord
 
@@ -46,7 +45,7 @@ async def retry_failed(bus: Bus, run: str, *, reason: str = "", rows: frozenset[
 
     They begin anew with their input, their id and their seed. The old outcomes stay in the outcome stream; a
     collector leaves them out where there is a newer one. It can be repeated after a crash. Raises `RunError` if rows
-    are still being submitted, or the run was cancelled.
+    are still being submitted, or the run is or was ended meanwhile; and `BusError`.
     """
     record = await registry.require(bus, run)
     _opened(record)
@@ -74,13 +73,17 @@ async def retry_failed(bus: Bus, run: str, *, reason: str = "", rows: frozenset[
 
 def _opened(record: RunRecord) -> RunRecord:
     """The run without its total, which it gets back when the rows are sent. Raises `RunError`."""
-    if record.state not in ("active", "paused"):
-        raise RunError(f"run {record.id!r} is {record.state}: submit its failed rows as a run of their own")
+    _refuse_ended(record)
     if record.retrying:  # or that died half-way
         return record
     if record.total is None:
         raise RunError(f"rows of run {record.id!r} are still being submitted: retry when it is sealed")
     return msgspec.structs.replace(record, total=None, total_before=record.total, retrying=True)
+
+
+def _refuse_ended(record: RunRecord) -> None:
+    if record.state not in ("active", "paused"):
+        raise RunError(f"run {record.id!r} is {record.state}: submit its failed rows as a run of their own")
 
 
 def _sealed(record: RunRecord) -> RunRecord:
@@ -113,7 +116,7 @@ async def _send(bus: Bus, record: RunRecord, newest: dict[int, int]) -> int:
         finally:
             room.release()
 
-    async with asyncio.TaskGroup() as group:
+    async with unwrapped_group() as group:
         if sequences:
             async for message in bus.read(outcome_stream(record.id), min(sequences)):
                 if message.seq in sequences:
@@ -135,12 +138,14 @@ async def _send_one(bus: Bus, record: RunRecord, outcome: _Outcome) -> bool:
     n = outcome.row
     headers = bus.named(fence(0, family(record.id, n)), record.id, n, generation, 0)
     headers[HEADER_GENERATION] = str(generation)
+
+    async def still_wanted() -> None:
+        _refuse_ended(await registry.require(bus, record.id))
+
     try:
-        await patiently(bus, lambda: bus.publish(row_subject(record.id, n), encode(row), headers))
+        await patiently(bus, lambda: bus.publish(row_subject(record.id, n), encode(row), headers), still_wanted)
     except PublishRefused as error:
-        if is_lost_race(error):
-            return False  # it travels already
-        if error.code == STREAM_NOT_FOUND:
-            raise RunError(f"the queue of run {record.id!r} is gone ({work_stream(record.id)})") from None
-        raise
+        if not is_lost_race(error):
+            raise
+        return False  # it travels already
     return True

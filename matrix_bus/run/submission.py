@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
 from functools import partial
 from typing import TypeVar
 
 from msgspec import Raw, Struct
 
 from .. import registry
-from ..bus import Bus, fence_lines, is_lost_race, patiently
+from ..bus import Bus, fence_lines, is_lost_race, patiently, unwrapped_group
 from ..dataset import Line, Rejected
-from ..errors import NobodyListens, PublishRefused, RunError
+from ..errors import PublishRefused, RunError
 from ..orchestrator import (
     RowMessage,
     encode,
@@ -69,9 +69,10 @@ async def submit(
     skipped = 0 if record.total_before is None else record.lines
     accepted = rejected = seen = 0
     window = _Window(_WINDOW)
-    payloads = Payloads(bus, record.id)
+    still_wanted = partial(_require_active, bus, record.id)
+    payloads = Payloads(bus, record.id, still_wanted)
     most_bytes = min(record.config.io.offload_above_bytes, bus.max_body - _BESIDE_BYTES)
-    gauge = Gauge(bus, record, lambda: patiently(bus, lambda: _require_active(bus, record.id)))
+    gauge = Gauge(bus, record, partial(patiently, bus, still_wanted))
 
     async def insist(n: int, body: bytes) -> None:
         try:
@@ -89,7 +90,7 @@ async def submit(
         except RuntimeError:  # the submission has failed meanwhile
             insisting.close()
 
-    async with _unwrapped_group() as group, contextlib.aclosing(_each(lines)) as each:
+    async with unwrapped_group() as group, contextlib.aclosing(_each(lines)) as each:
         async for line in each:
             if isinstance(line, Rejected):
                 rejected += 1
@@ -124,7 +125,7 @@ async def submit(
                 bus.begin_publish(row_subject(record.id, n), message, headers, partial(settled, group, n, message))
             accepted += 1
             if time.monotonic() - checked_at > _CHECK_S:
-                await patiently(bus, lambda: _require_active(bus, record.id))
+                await patiently(bus, still_wanted)
                 checked_at = time.monotonic()
             if accepted % 256 == 0:
                 on_progress(accepted * trials)
@@ -173,19 +174,6 @@ class _Window:
             await self._waiter
 
 
-@contextlib.asynccontextmanager
-async def _unwrapped_group() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group whose first error comes out as itself, with its own cause and context."""
-    first: BaseException | None = None
-    try:
-        async with asyncio.TaskGroup() as group:
-            yield group
-    except BaseExceptionGroup as errors:
-        first = errors.exceptions[0]
-    if first is not None:
-        raise first
-
-
 def _each(lines: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
     return lines if isinstance(lines, AsyncGenerator) else _generated(lines)
 
@@ -200,15 +188,9 @@ async def _generated(lines: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T,
 
 
 async def _publish_row(bus: Bus, run: str, n: int, body: bytes) -> None:
-    async def publish() -> None:
-        try:
-            await bus.publish(row_subject(run, n), body, _headers(bus, run, n))
-        except NobodyListens:
-            await _require_active(bus, run)  # or is it the broker that is starting?
-            raise
-
+    subject, headers = row_subject(run, n), _headers(bus, run, n)
     try:
-        await patiently(bus, publish)
+        await patiently(bus, lambda: bus.publish(subject, body, headers), partial(_require_active, bus, run))
     except PublishRefused as error:
         if not is_lost_race(error):  # else it is under way already
             raise

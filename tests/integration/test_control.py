@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from matrix_bus import Next, Row, RunConfig, control, registry, run, to
 from matrix_bus.bus import Bus
+from matrix_bus.config import parse_run
 from matrix_bus.dataset import Line
 from matrix_bus.errors import ConfigError, PublishRefused, RunError
 from matrix_bus.orchestrator import outcome_stream, work_stream
@@ -87,6 +89,66 @@ async def test_a_submitter_learns_that_its_run_was_cancelled(bus: Bus) -> None:
         await asyncio.wait_for(submitting, 20)
     progress = await registry.progress(bus, await registry.require(bus, record.id))
     assert progress.done and progress.outcomes >= 2000 - 1024
+
+
+async def test_a_submitter_learns_that_its_run_was_purged_before_a_large_row(bus: Bus) -> None:
+    record = await run.open_run(bus, run.new_record(trip(), RunConfig()))
+
+    async def lines() -> AsyncIterator[Line]:
+        yield Line(0, b'{"x": 1}', "0")
+        await control.purge(bus, record.id)
+        yield Line(1, b'{"x": 1, "text": "%b"}' % (b"y" * 100_000), "1")
+
+    with pytest.raises(RunError, match="was deleted while rows were being submitted"):
+        await asyncio.wait_for(run.submit(bus, record, lines()), 20)
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [(control.cancel, "is cancelled: submit its failed rows as a run of their own"), (control.purge, "no run")],
+)
+async def test_a_retry_learns_that_its_run_was_ended(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, end: Callable[[Bus, str], Awaitable[object]], said: str
+) -> None:
+    async def fail(row: Row[Trip]) -> Next:
+        raise ValueError
+
+    flow = trip(fail)
+    record = await submitted(bus, flow, rows(3), parse_run({"limits": {"failed_window": 0}}))
+    async with working(bus.url, flow):
+        await all_outcomes(bus, record)
+    began, gate = _held_back(monkeypatch, f"q.{record.id}._.")
+    retrying = asyncio.create_task(control.retry_failed(bus, record.id))
+    await began.wait()
+    await end(bus, record.id)
+    gate.set()
+    with pytest.raises(RunError, match=said):
+        await asyncio.wait_for(retrying, 20)
+
+
+async def test_who_cancels_a_run_learns_that_it_was_purged(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = await submitted(bus, trip(), rows(3))
+    began, gate = _held_back(monkeypatch, f"out.{record.id}.")
+    cancelling = asyncio.create_task(control.cancel(bus, record.id))
+    await began.wait()
+    await control.purge(bus, record.id)
+    gate.set()
+    with pytest.raises(RunError, match="no run"):
+        await asyncio.wait_for(cancelling, 20)
+
+
+def _held_back(monkeypatch: pytest.MonkeyPatch, subject: str) -> tuple[asyncio.Event, asyncio.Event]:
+    """(set at the first publish to what begins so, lets them all go on)"""
+    publish, began, gate = Bus.publish, asyncio.Event(), asyncio.Event()
+
+    async def held(self: Bus, to: str, *more: object) -> object:
+        if to.startswith(subject):
+            began.set()
+            await gate.wait()
+        return await publish(self, to, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Bus, "publish", held)
+    return began, gate
 
 
 async def test_purge_deletes_everything_and_keeps_the_id_taken(bus: Bus) -> None:
