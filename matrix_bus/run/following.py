@@ -46,7 +46,6 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
     async def wake(_: Msg | None = None) -> None:
         arrived.set()
 
-    stream = outcome_stream(run)
     settled = False
     await bus.wait_connected()
     subscription = await bus.nc.subscribe(f"out.{run}.>", cb=wake)
@@ -54,19 +53,13 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
     try:
         while True:
             arrived.clear()
-            try:
-                async for message in bus.read(stream, start):
+            async with contextlib.aclosing(_read(bus, run, start)) as there:
+                async for message in there:
                     start = message.seq + 1
                     settled = False
                     seen += message.subject.endswith(".0")
                     yield message
-                record = await registry.get(bus, run)
-            except (BusTimeout, BusUnavailable) as error:
-                await bus.wait_connected()
-                if isinstance(error, NobodyListens):  # a broker that is starting, or a stream that is gone
-                    _refuse_deleted(await patiently(bus, lambda: registry.get(bus, run)))
-                await asyncio.sleep(0.1)
-                continue
+            record = await patiently(bus, lambda: registry.get(bus, run))
             _refuse_deleted(record)
             # None is what a broker says that has just taken over: a record is never removed.
             if record is not None and record.total is not None and seen >= record.total:
@@ -83,6 +76,24 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
         forget()
         if not bus.nc.is_closed:
             await subscription.unsubscribe()
+
+
+async def _read(bus: Bus, run: str, start: int = 1) -> AsyncGenerator[Stored, None]:
+    """Outcomes from stream sequence `start` on, up to the newest at this moment; waits while the broker is away.
+
+    Raises `RunError` if the run was deleted.
+    """
+    while True:
+        try:
+            async for message in bus.read(outcome_stream(run), start):
+                start = message.seq + 1
+                yield message
+            return
+        except (BusTimeout, BusUnavailable) as error:
+            await bus.wait_connected()
+            if isinstance(error, NobodyListens):  # a broker that is starting, or a stream that is gone
+                _refuse_deleted(await patiently(bus, lambda: registry.get(bus, run)))
+            await asyncio.sleep(0.1)
 
 
 def _refuse_deleted(record: RunRecord | None) -> None:
@@ -136,7 +147,7 @@ async def collect(
                 if message is None and not follow:
                     complete = False
                     break
-        retried = complete and (await registry.require(bus, record.id)).retried > 0
+        retried = complete and (await patiently(bus, lambda: registry.require(bus, record.id))).retried > 0
         output.flush()
         if plain and complete:
             output.finish(newest_only=retried)
@@ -159,17 +170,17 @@ async def collect(
 
 async def _tally_up_to(bus: Bus, run: str, stop: int, tally: Tally, shape: Shape) -> None:
     payloads = Payloads(bus, run)
-    async for message in bus.read(outcome_stream(run)):
-        if message.seq >= stop:
-            return
-        if not shape.shard.has(row_of(message.subject)):
-            continue
-        tally.add(decode_outcome(await whole(message.data, payloads)))
+    async with contextlib.aclosing(_read(bus, run)) as there:
+        async for message in there:
+            if message.seq >= stop:
+                return
+            if shape.shard.has(row_of(message.subject)):
+                tally.add(decode_outcome(await whole(message.data, payloads)))
 
 
 async def write_manifest(bus: Bus, run: str, path: Path, tally: Tally, extra: dict[str, Any], label: str = "") -> Path:
     """Writes `<output>.manifest.json`: what made the output, and its counts; `label` tells apart who shares one."""
-    record = await registry.require(bus, run)
+    record = await patiently(bus, lambda: registry.require(bus, run))
     manifest = {
         "run": msgspec.to_builtins(record),
         "output": path.name,
