@@ -29,6 +29,7 @@ from ..orchestrator import (
 )
 from ..payload import Payloads, references, stream_of
 from ..registry import RunRecord
+from .outcomes import all_outcomes
 
 _AT_ONCE = 256
 _HEADROOM_BYTES = 2048
@@ -77,7 +78,7 @@ async def free_unreferenced(bus: Bus, run: str) -> int:
         raise RunError(f"run {run!r} is not complete: its rows may still need their large values")
     payloads = Payloads(bus, run)
     loose = await payloads.names()
-    async for message in bus.read(outcome_stream(run)):
+    async for message in all_outcomes(bus, run):
         loose -= references(message.data)
     for name in loose:
         await payloads.free(name)
@@ -87,7 +88,7 @@ async def free_unreferenced(bus: Bus, run: str) -> int:
 async def _rows(bus: Bus, record: RunRecord) -> int:
     """Rows that have an outcome; of those that were sent again, the first generation counts."""
     if record.retried:
-        return sum([message.subject.endswith(".0") async for message in bus.read(outcome_stream(record.id))])
+        return sum([message.subject.endswith(".0") async for message in all_outcomes(bus, record.id)])
     info = await bus.api(f"STREAM.INFO.{outcome_stream(record.id)}")
     return int(info["state"]["messages"])
 

@@ -46,7 +46,6 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
     async def wake(_: Msg | None = None) -> None:
         arrived.set()
 
-    settled = False
     await bus.wait_connected()
     subscription = await bus.nc.subscribe(f"out.{run}.>", cb=wake)
     forget = bus.on_reconnect(wake)
@@ -56,18 +55,13 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
             async with contextlib.aclosing(_read(bus, run, start)) as there:
                 async for message in there:
                     start = message.seq + 1
-                    settled = False
                     seen += message.subject.endswith(".0")
                     yield message
             record = await patiently(bus, lambda: registry.get(bus, run))
             _refuse_deleted(record)
             # None is what a broker says that has just taken over: a record is never removed.
-            if record is not None and record.total is not None and seen >= record.total:
-                # Of rows that were sent again nobody knows how many outcomes there will be: look once more.
-                if settled or not record.retried:
-                    return
-                if settled := await _is_done(bus, record):
-                    continue
+            if record is not None and await _is_complete(bus, record, start, seen):
+                return
             yield None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_POLL_S):
@@ -101,8 +95,17 @@ def _refuse_deleted(record: RunRecord | None) -> None:
         raise RunError(f"run {record.id!r} was deleted")
 
 
-async def _is_done(bus: Bus, record: RunRecord) -> bool:
-    return (await patiently(bus, lambda: registry.progress(bus, record))).done
+async def _is_complete(bus: Bus, record: RunRecord, start: int, seen: int) -> bool:
+    """Whether every row has its outcome, and all outcomes lie before `start`."""
+    if record.total is None or seen < record.total:
+        return False
+    if not record.retried:
+        return True
+    # Of rows that were sent again nobody knows how many outcomes there will be; and reads may be answered by a
+    # follower that lags behind, so the leader is asked for the last one.
+    if not (await patiently(bus, lambda: registry.progress(bus, record))).done:
+        return False
+    return await patiently(bus, lambda: bus.last_sequence(outcome_stream(record.id))) < start
 
 
 async def collect(

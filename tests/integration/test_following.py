@@ -1,20 +1,24 @@
-"""Following a run and collecting it, while the broker has troubles of its own."""
+"""Following a run, collecting it and what else reads outcomes, while the broker has troubles of its own."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from matrix_bus import registry, run
+from matrix_bus import Outcome, Row, control, registry, run
 from matrix_bus.broker import Broker
 from matrix_bus.bus import Bus, Stored
+from matrix_bus.config import parse_run
 from matrix_bus.errors import PublishRefused
-from tests.helpers import all_outcomes, connected, submitted, working
-from tests.trip import rows, trip
+from matrix_bus.orchestrator import outcome_stream
+from matrix_bus.payload import Payloads
+from matrix_bus.registry import RunRecord
+from tests.helpers import all_outcomes, connected, done, submitted, until, working
+from tests.trip import Trip, rows, trip
 
 
 async def test_a_registry_without_a_leader_is_waited_for(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,3 +74,70 @@ def _dies_before(
 
     monkeypatch.setattr(place, name, dying)
     return starting
+
+
+# --- a follower that lags behind --------------------------------------------------------------------------------------
+
+
+def _lagging(monkeypatch: pytest.MonkeyPatch, record: RunRecord, *, reads: int = 2, known: int = 1) -> None:
+    """Has the next reads of the run's outcomes end after those `known`, as reads that a follower answers may do."""
+    read = Bus.read
+
+    async def behind(self: Bus, stream: str, start: int = 1, **more: Any) -> AsyncIterator[Stored]:
+        nonlocal reads
+        lags = stream == outcome_stream(record.id) and reads > 0
+        reads -= lags
+        async for message in read(self, stream, start, **more):
+            if not lags or message.seq <= known:
+                yield message
+
+    monkeypatch.setattr(Bus, "read", behind)
+
+
+async def test_no_value_is_freed_that_an_outcome_refers_to(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = trip()
+    record = await submitted(bus, flow, [b'{"x": 1, "text": "%b"}' % (letter * 100_000) for letter in (b"y", b"z")])
+    async with working(bus.url, flow):
+        await all_outcomes(bus, record)
+    values = await Payloads(bus, record.id).names()
+    _lagging(monkeypatch, record)
+    assert await control.free_unreferenced(bus, record.id) == 0
+    assert await Payloads(bus, record.id).names() == values
+
+
+async def test_what_was_sent_again_is_followed_to_its_last_outcome(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = await _sent_again(bus)
+    monkeypatch.setattr("matrix_bus.run.following._POLL_S", 0.1)
+    _lagging(monkeypatch, record, known=3)
+    found = sorted(await all_outcomes(bus, record), key=lambda o: (o.row, o.generation))
+    assert [(o.row, o.generation) for o in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+async def test_every_failed_row_is_found(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = await _sent_again(bus)
+    _lagging(monkeypatch, record, reads=1)
+    assert await control.retry_failed(bus, record.id) == 2
+
+
+async def test_a_cancelled_run_counts_all_of_its_rows(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = await _sent_again(bus, to_the_end=False)
+    _lagging(monkeypatch, record)
+    await control.cancel(bus, record.id)
+    assert (await registry.require(bus, record.id)).total == 2
+
+
+async def _sent_again(bus: Bus, to_the_end: bool = True) -> RunRecord:
+    """A run whose two rows have failed and were sent again, to fail once more."""
+
+    async def fail(row: Row[Trip]) -> Outcome:
+        raise ValueError
+
+    flow = trip(fail)
+    record = await submitted(bus, flow, rows(2), parse_run({"limits": {"failed_window": 0}}))
+    async with working(bus.url, flow):
+        await all_outcomes(bus, record)
+    assert await control.retry_failed(bus, record.id) == 2
+    if to_the_end:
+        async with working(bus.url, flow):
+            await until(lambda: done(bus, record), "the rows to fail again")
+    return record
