@@ -7,6 +7,7 @@ From it the files are made in one go, so that they are whole or not there, whate
 from __future__ import annotations
 
 import importlib.util
+import secrets
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,10 +97,12 @@ def claim(path: Path, run: str, shape: Shape) -> None:
     mark = path / _RUN_MARK
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not mark.exists() and any(path.iterdir()):
+        if any(path.iterdir()) and not mark.exists():  # in this order: others may begin it at this moment
             raise DatasetError(f"{path} has files already that are not of run {run!r}: name another folder")
         if not mark.exists():
-            mark.write_text(run)
+            whole = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+            whole.write_text(run)
+            whole.replace(mark)
         if (other := mark.read_text()) != run:
             raise DatasetError(f"{path} has outcomes of run {other!r}: name another folder")
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from matrix_bus.errors import DatasetError, RunError, UsageError
 from matrix_bus.orchestrator import OutcomeRecord, Timings, decode_outcome, encode
 from matrix_bus.registry import RunRecord
 from matrix_bus.run import Shape, parse_fields
-from matrix_bus.run.shaping import conversation, journal_of
+from matrix_bus.run.shaping import claim, conversation, journal_of
 from tests.helpers import all_outcomes, done, submitted, until, working
 from tests.trip import Trip, rows, trip
 
@@ -321,3 +322,10 @@ async def test_a_run_that_was_deleted(bus: Bus, tmp_path: Path) -> None:
     with pytest.raises(RunError):
         await run.collect(bus, record, tmp_path / "a.parquet", follow=True)
     assert not (tmp_path / "a.parquet").exists()
+
+
+def test_collectors_that_begin_a_shared_output_at_once(tmp_path: Path) -> None:
+    shape = Shape(part_bytes=4000, shard=Shard(1, 8))
+    with ThreadPoolExecutor(8) as pool:
+        for n in range(300):
+            list(pool.map(lambda path: claim(path, "r", shape), [tmp_path / f"{n}.jsonl"] * 8))
