@@ -85,10 +85,7 @@ def worker(
             say(f"worker of {', '.join(f.name for f in flows)}: {', '.join(role or known)} · broker {bus.url}")
             relax_collector()  # once more, with all that was imported for it
             collecting = loop.create_task(garbage.pace(lambda: serving.holds))
-            try:
-                await serving.run()
-            except ExceptionGroup as errors:  # as when the broker ends the connection for good
-                raise errors.exceptions[0] from None
+            await serving.run()
             collecting.cancel()
             for number in (signal.SIGTERM, signal.SIGINT):  # everything is handed back: one more changes nothing
                 loop.remove_signal_handler(number)

@@ -29,10 +29,9 @@ from ..orchestrator import (
 )
 from ..payload import Payloads, references, stream_of
 from ..registry import RunRecord
-from .outcomes import all_outcomes
+from .reading import everything
 
 _AT_ONCE = 256
-_HEADROOM_BYTES = 2048
 
 
 async def cancel(bus: Bus, run: str) -> int:
@@ -78,7 +77,7 @@ async def free_unreferenced(bus: Bus, run: str) -> int:
         raise RunError(f"run {run!r} is not complete: its rows may still need their large values")
     payloads = Payloads(bus, run)
     loose = await payloads.names()
-    async for message in all_outcomes(bus, run):
+    async for message in everything(bus, outcome_stream(run)):
         loose -= references(message.data)
     for name in loose:
         await payloads.free(name)
@@ -88,7 +87,7 @@ async def free_unreferenced(bus: Bus, run: str) -> int:
 async def _rows(bus: Bus, record: RunRecord) -> int:
     """Rows that have an outcome; of those that were sent again, the first generation counts."""
     if record.retried:
-        return sum([message.subject.endswith(".0") async for message in all_outcomes(bus, record.id)])
+        return sum([message.subject.endswith(".0") async for message in everything(bus, outcome_stream(record.id))])
     info = await bus.api(f"STREAM.INFO.{outcome_stream(record.id)}")
     return int(info["state"]["messages"])
 
@@ -115,7 +114,7 @@ async def _end_all(bus: Bus, record: RunRecord, travelling: bool) -> int:
             room.release()
 
     async with unwrapped_group() as group:
-        async for message in bus.read(work_stream(record.id)):
+        async for message in everything(bus, work_stream(record.id)):
             if (message.subject.split(".")[2] != LEASE_ROLE) == travelling:
                 await room.acquire()
                 group.create_task(end(message))
@@ -127,7 +126,7 @@ async def _end(bus: Bus, record: RunRecord, message: Stored) -> bool:
     _, _, role, n, _ = message.subject.split(".")
     row = _read(record, role, int(n), message.data)
     outcome = finish(row, record.workflow, record.config.trials, "filtered", "cancelled", time.time())
-    body = encode_fitting(outcome, bus.max_payload - _HEADROOM_BYTES)
+    body = encode_fitting(outcome, bus.max_body)
     subject = outcome_subject(record.id, row.n, row.generation)
     still_there = partial(registry.require, bus, record.id)
     try:

@@ -21,7 +21,7 @@ from ..orchestrator import (
     row_subject,
 )
 from ..registry import RunRecord
-from .outcomes import all_outcomes
+from .reading import everything
 
 _AT_ONCE = 256
 
@@ -94,7 +94,7 @@ def _sealed(record: RunRecord) -> RunRecord:
 async def _newest(bus: Bus, run: str, chosen: Callable[[_Outcome], bool]) -> dict[int, int]:
     """By row, the sequence of its last outcome, where that is to be retried."""
     found: dict[int, tuple[int, int]] = {}
-    async for message in all_outcomes(bus, run):
+    async for message in everything(bus, outcome_stream(run)):
         outcome = _decode.decode(message.data)
         if chosen(outcome):
             if found.get(outcome.row, (-1, 0))[0] < outcome.generation:
@@ -119,7 +119,7 @@ async def _send(bus: Bus, record: RunRecord, newest: dict[int, int]) -> int:
 
     async with unwrapped_group() as group:
         if sequences:
-            async for message in all_outcomes(bus, record.id, min(sequences)):
+            async for message in everything(bus, outcome_stream(record.id), min(sequences)):
                 if message.seq in sequences:
                     await room.acquire()
                     group.create_task(send(message))

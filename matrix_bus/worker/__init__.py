@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import catalog, registry, telemetry
 from ..agent import Workflow
-from ..bus import Bus
+from ..bus import Bus, unwrapped_group
 from ..errors import BusError, MatrixBusError, ResourceError, user_frames
 from ..orchestrator import LEASE_ROLE, SCHEMA
 from ..registry import RunRecord
@@ -98,8 +98,11 @@ class Worker:
         self._stopping.set()
 
     async def run(self) -> None:
-        """Serves until `stop()`; returns when everything is settled or handed back."""
-        async with asyncio.TaskGroup() as group:
+        """Serves until `stop()`; returns when everything is settled or handed back.
+
+        Raises `BusUnavailable` if the broker ends the connection for good.
+        """
+        async with unwrapped_group() as group:
             beside = [
                 group.create_task(self._pump.run(), name="pump"),
                 group.create_task(self.watchdog.run(), name="watchdog"),

@@ -14,7 +14,7 @@ from matrix_bus.broker import Broker
 from matrix_bus.bus import Bus, Stored
 from matrix_bus.config import parse_run
 from matrix_bus.errors import PublishRefused
-from matrix_bus.orchestrator import outcome_stream
+from matrix_bus.orchestrator import outcome_stream, work_stream
 from matrix_bus.payload import Payloads
 from matrix_bus.registry import RunRecord
 from tests.helpers import all_outcomes, connected, done, submitted, until, working
@@ -79,15 +79,15 @@ def _dies_before(
 # --- a follower that lags behind --------------------------------------------------------------------------------------
 
 
-def _lagging(monkeypatch: pytest.MonkeyPatch, record: RunRecord, *, reads: int = 2, known: int = 1) -> None:
-    """Has the next reads of the run's outcomes end after those `known`, as reads that a follower answers may do."""
+def _lagging(monkeypatch: pytest.MonkeyPatch, stream: str, *, reads: int = 2, known: int = 1) -> None:
+    """Has the next reads of the stream end after those `known`, as reads that a follower answers may do."""
     read = Bus.read
 
-    async def behind(self: Bus, stream: str, start: int = 1, **more: Any) -> AsyncIterator[Stored]:
+    async def behind(self: Bus, of: str, start: int = 1, **more: Any) -> AsyncIterator[Stored]:
         nonlocal reads
-        lags = stream == outcome_stream(record.id) and reads > 0
+        lags = of == stream and reads > 0
         reads -= lags
-        async for message in read(self, stream, start, **more):
+        async for message in read(self, of, start, **more):
             if not lags or message.seq <= known:
                 yield message
 
@@ -100,7 +100,7 @@ async def test_no_value_is_freed_that_an_outcome_refers_to(bus: Bus, monkeypatch
     async with working(bus.url, flow):
         await all_outcomes(bus, record)
     values = await Payloads(bus, record.id).names()
-    _lagging(monkeypatch, record)
+    _lagging(monkeypatch, outcome_stream(record.id))
     assert await control.free_unreferenced(bus, record.id) == 0
     assert await Payloads(bus, record.id).names() == values
 
@@ -108,22 +108,29 @@ async def test_no_value_is_freed_that_an_outcome_refers_to(bus: Bus, monkeypatch
 async def test_what_was_sent_again_is_followed_to_its_last_outcome(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     record = await _sent_again(bus)
     monkeypatch.setattr("matrix_bus.run.following._POLL_S", 0.1)
-    _lagging(monkeypatch, record, known=3)
+    _lagging(monkeypatch, outcome_stream(record.id), known=3)
     found = sorted(await all_outcomes(bus, record), key=lambda o: (o.row, o.generation))
     assert [(o.row, o.generation) for o in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 async def test_every_failed_row_is_found(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     record = await _sent_again(bus)
-    _lagging(monkeypatch, record, reads=1)
+    _lagging(monkeypatch, outcome_stream(record.id), reads=1)
     assert await control.retry_failed(bus, record.id) == 2
 
 
 async def test_a_cancelled_run_counts_all_of_its_rows(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     record = await _sent_again(bus, to_the_end=False)
-    _lagging(monkeypatch, record)
+    _lagging(monkeypatch, outcome_stream(record.id))
     await control.cancel(bus, record.id)
     assert (await registry.require(bus, record.id)).total == 2
+
+
+async def test_no_row_of_a_cancelled_run_is_left_without_an_outcome(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = await submitted(bus, trip(), rows(5))
+    _lagging(monkeypatch, work_stream(record.id), reads=4)
+    assert await control.cancel(bus, record.id) == 5
+    assert {o.reason for o in await all_outcomes(bus, record)} == {"cancelled"}
 
 
 async def _sent_again(bus: Bus, to_the_end: bool = True) -> RunRecord:
