@@ -139,7 +139,7 @@ class Session:
         self._paused = record.state == "paused"
         if self._paused and self._lanes.is_open:
             await self._lanes.close()
-        elif not self._paused and not self._lanes.is_open:
+        elif not (self._paused or self._closing or self._lanes.is_open):
             await self._lanes.open()
         self.record = record
 

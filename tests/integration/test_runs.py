@@ -369,7 +369,7 @@ async def test_a_complete_run_is_left_while_a_cancelled_one_is_being_left(
         end.set()
         await until(lambda: complete.id not in worker.serving, "the complete run to be left")
         go.set()
-        await _served(bus, worker, flow)
+        assert len(await all_outcomes(bus, await submitted(bus, flow, rows(1)))) == 1
 
 
 async def test_a_run_that_is_cancelled_while_it_is_looked_whether_it_is_complete(
@@ -393,7 +393,17 @@ async def test_a_run_that_is_cancelled_while_it_is_looked_whether_it_is_complete
         await registry.update(bus, record.id, state="cancelled")
         await until(lambda: record.id not in worker.serving, "the cancelled run to be left")
         go.set()
-        await _served(bus, worker, flow)
+        assert len(await all_outcomes(bus, await submitted(bus, flow, rows(1)))) == 1
+
+
+async def test_a_session_that_is_left_pulls_no_more_whatever_it_hears_of_its_run(bus: Bus) -> None:
+    flow = trip()
+    async with working(bus.url, flow) as worker:
+        record = await _served(bus, worker, flow)
+        session = worker._sessions[record.id]
+        await session.close(0.0)
+        await session.follow(record, {})
+        assert not session._lanes.is_open
 
 
 async def _served(bus: Bus, worker: Worker, flow: Workflow[Trip]) -> RunRecord:
