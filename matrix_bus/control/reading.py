@@ -8,15 +8,14 @@ from ..bus import Bus, Stored, patiently, pause
 
 
 async def everything(bus: Bus, stream: str, start: int = 1) -> AsyncGenerator[Stored, None]:
-    """All messages from stream sequence `start` on, until the stream's leader has none that is newer.
+    """All messages from stream sequence `start` on that the stream has when it is asked for. Raises `BusError`.
 
-    The leader is asked, since reads may be answered by a follower that lags behind. Raises `BusError`.
+    Its leader knows the last of them; reads may be answered by a follower that lags behind.
     """
-    while True:
+    while (newest := await patiently(bus, lambda: bus.last(stream, ">"))) is not None and newest.seq >= start:
         async for message in bus.read(stream, start):
             start = message.seq + 1
             yield message
-        newest = await patiently(bus, lambda: bus.last(stream, ">"))
-        if newest is None or newest.seq < start:
+        if start > newest.seq:
             return
-        await pause(bus)
+        await pause(bus)  # or it is gone from the queue meanwhile, and what is the last now is asked anew
