@@ -19,7 +19,7 @@ from . import answers, catalog, payload, quota
 from .bus import STREAM_NOT_FOUND, Bus, Stored, create_bucket, create_stream, fence, is_lost_race, patiently
 from .config import RunConfig
 from .errors import BusError, ConfigError, NobodyListens, PublishRefused, RunError
-from .orchestrator import LEASE_ROLE, SCHEMA, is_token, outcome_stream, work_stream
+from .orchestrator import LEASE_ROLE, SCHEMA, is_token, outcome_stream, outcome_subjects, work_stream, work_subjects
 from .telemetry import logger
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ class RunRecord(Struct, kw_only=True):
     """By number from 1, of the shards that are submitted: (rows, lines); until the last of them is."""
     retried: int = 0
     """How many times failed rows were sent again: outcomes outnumber rows then."""
-    retrying: bool = False
-    """It is not sealed because failed rows are being sent again; else because rows are being submitted."""
+    retrying: bool | None = None
+    """Why it is open again: failed rows are sent, or lines are added. None where neither, or where nobody noted it."""
     why: str = ""
     """Why it is paused."""
     watch_from: int = 0
@@ -175,7 +175,7 @@ async def create(bus: Bus, record: RunRecord) -> None:
         bus,
         {
             "name": work_stream(record.id),
-            "subjects": [f"q.{record.id}.>"],
+            "subjects": [work_subjects(record.id)],
             "retention": "workqueue",
             "discard": "new",  # and no limit: a full queue would deadlock the workers that must forward
             "duplicate_window": 120 * _NS,
@@ -188,7 +188,7 @@ async def create(bus: Bus, record: RunRecord) -> None:
         bus,
         {
             "name": outcome_stream(record.id),
-            "subjects": [f"out.{record.id}.>"],
+            "subjects": [outcome_subjects(record.id)],
             "retention": "limits",
             "max_msgs_per_subject": 1,
             "discard": "new",
@@ -313,7 +313,7 @@ async def seal(bus: Bus, opened: RunRecord, shard: int, rows: int, lines: int) -
             return msgspec.structs.replace(record, sealed=sealed)
         total = (opened.total_before or 0) + sum(of[0] for of in sealed.values())
         most = max(record.lines, *(of[1] for of in sealed.values()))
-        return msgspec.structs.replace(record, total=total, total_before=None, lines=most, sealed={}, retrying=False)
+        return msgspec.structs.replace(record, total=total, total_before=None, lines=most, sealed={}, retrying=None)
 
     return await change(bus, opened.id, with_shard)
 

@@ -24,7 +24,7 @@ from . import app
 from .common import LogJson, LogLevel, Server, broker_url, embedded_model, go, relax_collector, say
 
 _RESTART_WAIT_S = 1.0
-_END_S = 2.0
+_END_S = 5.0
 
 
 class Action(enum.StrEnum):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from functools import partial
 
 from msgspec import Raw
 
@@ -29,7 +28,7 @@ from ..orchestrator import (
 )
 from ..payload import Payloads, references, stream_of
 from ..registry import RunRecord
-from .reading import everything
+from .reading import all_outcomes, all_queued
 
 _AT_ONCE = 256
 
@@ -77,7 +76,7 @@ async def free_unreferenced(bus: Bus, run: str) -> int:
         raise RunError(f"run {run!r} is not complete: its rows may still need their large values")
     payloads = Payloads(bus, run)
     loose = await payloads.names()
-    async for message in everything(bus, outcome_stream(run)):
+    async for message in all_outcomes(bus, run):
         loose -= references(message.data)
     for name in loose:
         await payloads.free(name)
@@ -87,7 +86,7 @@ async def free_unreferenced(bus: Bus, run: str) -> int:
 async def _rows(bus: Bus, record: RunRecord) -> int:
     """Rows that have an outcome; of those that were sent again, the first generation counts."""
     if record.retried:
-        return sum([message.subject.endswith(".0") async for message in everything(bus, outcome_stream(record.id))])
+        return sum([message.subject.endswith(".0") async for message in all_outcomes(bus, record.id)])
     info = await bus.api(f"STREAM.INFO.{outcome_stream(record.id)}")
     return int(info["state"]["messages"])
 
@@ -113,11 +112,15 @@ async def _end_all(bus: Bus, record: RunRecord, travelling: bool) -> int:
         finally:
             room.release()
 
-    async with unwrapped_group() as group:
-        async for message in everything(bus, work_stream(record.id)):
-            if (message.subject.split(".")[2] != LEASE_ROLE) == travelling:
-                await room.acquire()
-                group.create_task(end(message))
+    try:
+        async with unwrapped_group() as group:
+            async for message in all_queued(bus, record.id):
+                if (message.subject.split(".")[2] != LEASE_ROLE) == travelling:
+                    await room.acquire()
+                    group.create_task(end(message))
+    except PublishRefused as error:
+        if error.code != STREAM_NOT_FOUND:  # else somebody beside us cancels it too, and is at its end
+            raise
     return ended
 
 
@@ -128,7 +131,12 @@ async def _end(bus: Bus, record: RunRecord, message: Stored) -> bool:
     outcome = finish(row, record.workflow, record.config.trials, "filtered", "cancelled", time.time())
     body = encode_fitting(outcome, bus.max_body)
     subject = outcome_subject(record.id, row.n, row.generation)
-    still_there = partial(registry.require, bus, record.id)
+
+    async def still_there() -> None:
+        there = await registry.get(bus, record.id)
+        if there is not None and there.state == "deleted":  # None: a broker that has just taken over
+            raise RunError(f"run {record.id!r} was deleted meanwhile")
+
     try:
         await patiently(bus, lambda: bus.publish(subject, body, fence(0)), still_there)
     except PublishRefused as error:

@@ -21,7 +21,7 @@ from ..orchestrator import (
     row_subject,
 )
 from ..registry import RunRecord
-from .reading import everything
+from .reading import all_outcomes
 
 _AT_ONCE = 256
 
@@ -75,8 +75,9 @@ async def retry_failed(bus: Bus, run: str, *, reason: str = "", rows: frozenset[
 def _opened(record: RunRecord) -> RunRecord:
     """The run without its total, which it gets back when the rows are sent. Raises `RunError`."""
     _refuse_ended(record)
-    if record.retrying:  # or that died half-way
-        return record
+    noted = record.retrying is not None  # versions that did not note it sent rows then, or else lines are added now
+    if record.retrying or (record.total is None and record.total_before is not None and not noted):
+        return msgspec.structs.replace(record, retrying=True)  # somebody died half-way
     if record.total is None:
         raise RunError(f"rows of run {record.id!r} are still being submitted: retry when it is sealed")
     return msgspec.structs.replace(record, total=None, total_before=record.total, retrying=True)
@@ -88,13 +89,13 @@ def _refuse_ended(record: RunRecord) -> None:
 
 
 def _sealed(record: RunRecord) -> RunRecord:
-    return msgspec.structs.replace(record, total=record.total_before, total_before=None, retrying=False)
+    return msgspec.structs.replace(record, total=record.total_before, total_before=None, retrying=None)
 
 
 async def _newest(bus: Bus, run: str, chosen: Callable[[_Outcome], bool]) -> dict[int, int]:
     """By row, the sequence of its last outcome, where that is to be retried."""
     found: dict[int, tuple[int, int]] = {}
-    async for message in everything(bus, outcome_stream(run)):
+    async for message in all_outcomes(bus, run):
         outcome = _decode.decode(message.data)
         if chosen(outcome):
             if found.get(outcome.row, (-1, 0))[0] < outcome.generation:
@@ -119,7 +120,7 @@ async def _send(bus: Bus, record: RunRecord, newest: dict[int, int]) -> int:
 
     async with unwrapped_group() as group:
         if sequences:
-            async for message in everything(bus, outcome_stream(record.id), min(sequences)):
+            async for message in all_outcomes(bus, record.id, min(sequences)):
                 if message.seq in sequences:
                     await room.acquire()
                     group.create_task(send(message))
@@ -141,7 +142,8 @@ async def _send_one(bus: Bus, record: RunRecord, outcome: _Outcome) -> bool:
     headers[HEADER_GENERATION] = str(generation)
 
     async def still_wanted() -> None:
-        _refuse_ended(await registry.require(bus, record.id))
+        if (there := await registry.get(bus, record.id)) is not None:  # None: a broker that has just taken over
+            _refuse_ended(there)
 
     try:
         await patiently(bus, lambda: bus.publish(row_subject(record.id, n), encode(row), headers), still_wanted)

@@ -23,10 +23,12 @@ from .names import (
     is_token,
     outcome_stream,
     outcome_subject,
+    outcome_subjects,
     row_in,
     row_of,
     row_subject,
     work_stream,
+    work_subjects,
 )
 from .transitions import admit, advance, encode_fitting, finish, retry, row_seed
 from .wire import (
@@ -83,6 +85,7 @@ __all__ = (
     "is_token",
     "outcome_stream",
     "outcome_subject",
+    "outcome_subjects",
     "read_ref",
     "ref_json",
     "retry",
@@ -91,4 +94,5 @@ __all__ = (
     "row_seed",
     "row_subject",
     "work_stream",
+    "work_subjects",
 )

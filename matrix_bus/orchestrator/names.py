@@ -25,6 +25,16 @@ def outcome_stream(run: str) -> str:
     return f"O_{run}"
 
 
+def work_subjects(run: str) -> str:
+    """All of the run's rows and hops."""
+    return f"q.{run}.>"
+
+
+def outcome_subjects(run: str) -> str:
+    """All of the run's outcomes."""
+    return f"out.{run}.>"
+
+
 def row_subject(run: str, n: int) -> str:
     return f"q.{run}.{LEASE_ROLE}.{n}.0"
 

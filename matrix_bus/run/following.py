@@ -17,7 +17,7 @@ from ..agent import Workflow
 from ..bus import Bus, Stored, patiently
 from ..dataset import Output, Written, suffix_of, write_json
 from ..errors import BusTimeout, BusUnavailable, NobodyListens, RunError
-from ..orchestrator import decode_outcome, outcome_stream, row_of
+from ..orchestrator import decode_outcome, outcome_stream, outcome_subject, outcome_subjects, row_of
 from ..payload import Payloads, whole
 from ..registry import RunRecord
 from ..telemetry import logger
@@ -47,7 +47,7 @@ async def outcomes(bus: Bus, run: str, start: int = 1, seen: int = 0) -> AsyncGe
         arrived.set()
 
     await bus.wait_connected()
-    subscription = await bus.nc.subscribe(f"out.{run}.>", cb=wake)
+    subscription = await bus.nc.subscribe(outcome_subjects(run), cb=wake)
     forget = bus.on_reconnect(wake)
     try:
         while True:
@@ -101,11 +101,19 @@ async def _is_complete(bus: Bus, record: RunRecord, start: int, seen: int) -> bo
         return False
     if not record.retried:
         return True
-    # Of rows that were sent again nobody knows how many outcomes there will be; and reads may be answered by a
-    # follower that lags behind, so the leader is asked for the last one.
+    # Of rows that were sent again nobody knows how many outcomes there will be.
     if not (await patiently(bus, lambda: registry.progress(bus, record))).done:
         return False
-    return await patiently(bus, lambda: bus.last_sequence(outcome_stream(record.id))) < start
+    return await _newest(bus, record.id) < start
+
+
+async def _newest(bus: Bus, run: str) -> int:
+    """Sequence of the last outcome, 0 without any; reads may be answered by a follower that does not have it yet."""
+
+    async def still_there() -> None:
+        _refuse_deleted(await registry.get(bus, run))
+
+    return await patiently(bus, lambda: bus.last_of(outcome_subject(run, 0, 0), outcome_subjects(run)), still_there)
 
 
 async def collect(
@@ -173,12 +181,16 @@ async def collect(
 
 async def _tally_up_to(bus: Bus, run: str, stop: int, tally: Tally, shape: Shape) -> None:
     payloads = Payloads(bus, run)
-    async with contextlib.aclosing(_read(bus, run)) as there:
-        async for message in there:
-            if message.seq >= stop:
-                return
-            if shape.shard.has(row_of(message.subject)):
-                tally.add(decode_outcome(await whole(message.data, payloads)))
+    start = 1
+    while start < stop and start <= await _newest(bus, run):
+        async with contextlib.aclosing(_read(bus, run, start)) as there:
+            async for message in there:
+                if message.seq >= stop:
+                    return
+                start = message.seq + 1
+                if shape.shard.has(row_of(message.subject)):
+                    tally.add(decode_outcome(await whole(message.data, payloads)))
+        await asyncio.sleep(0.1)
 
 
 async def write_manifest(bus: Bus, run: str, path: Path, tally: Tally, extra: dict[str, Any], label: str = "") -> Path:

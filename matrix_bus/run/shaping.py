@@ -97,10 +97,11 @@ def claim(path: Path, run: str, shape: Shape) -> None:
     mark = path / _RUN_MARK
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()) and not mark.exists():  # in this order: others may begin it at this moment
+        theirs = [there for there in path.iterdir() if not there.name.startswith(_RUN_MARK)]
+        if theirs and not mark.exists():  # in this order: others may begin it at this moment
             raise DatasetError(f"{path} has files already that are not of run {run!r}: name another folder")
         if not mark.exists():
-            whole = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+            whole = path / f"{_RUN_MARK}.{secrets.token_hex(4)}"
             whole.write_text(run)
             whole.replace(mark)
         if (other := mark.read_text()) != run:

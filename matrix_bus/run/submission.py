@@ -25,6 +25,7 @@ from ..orchestrator import (
 )
 from ..payload import Payloads
 from ..registry import RunRecord
+from ..telemetry import logger
 from .pressure import Gauge
 
 _WINDOW = 1024
@@ -34,6 +35,7 @@ _BESIDE_BYTES = 8 << 10
 """Of a row's message beside its input: most of it is the id, which may have a thousand characters."""
 
 T = TypeVar("T")
+log = logger("run")
 
 
 class Submitted(Struct):
@@ -132,7 +134,9 @@ async def submit(
                 await asyncio.sleep(0)  # confirmations come in even where publishing never has to wait
         # What the group still waits for is confirmed, or refused for good, before the run is sealed.
         await window.empty()
-    await patiently(bus, lambda: registry.seal(bus, record, shard, accepted * trials, seen))
+    sealed = await patiently(bus, lambda: registry.seal(bus, record, shard, accepted * trials, seen))
+    if sealed.total is None and sealed.dataset != record.dataset:
+        log.warning("run.not_sealed", run=record.id, advice="its dataset has grown meanwhile: submit all of it again")
     rows = (record.total_before or 0) + accepted * trials
     on_progress(rows)
     return Submitted(record.id, rows, rejected, time.monotonic() - started)
@@ -202,5 +206,6 @@ def _headers(bus: Bus, run: str, n: int) -> str:
 
 async def _require_active(bus: Bus, run: str) -> None:
     record = await registry.get(bus, run)
-    if record is None or record.state not in ("active", "paused"):
-        raise RunError(f"run {run!r} was {record.state if record else 'deleted'} while rows were being submitted")
+    # None is what a broker says that has just taken over: a record is never removed.
+    if record is not None and record.state not in ("active", "paused"):
+        raise RunError(f"run {run!r} was {record.state} while rows were being submitted")

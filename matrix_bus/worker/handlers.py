@@ -41,7 +41,7 @@ class Executors:
     async def in_process(self, function: Callable[..., Any], *args: Any) -> Any:
         """Raises `WorkerCrashed` if the process died. Where this is cancelled, the process is killed: it may hang."""
         async with self._places:
-            process = self._idle.pop() if self._idle else _new_process()
+            process = self._idle_process() or _new_process()
             usable = True
             try:
                 return await asyncio.get_running_loop().run_in_executor(process, function, *args)
@@ -56,6 +56,13 @@ class Executors:
                     self._idle.append(process)
                 else:
                     _kill(process)
+
+    def _idle_process(self) -> ProcessPoolExecutor | None:
+        while self._idle:
+            if not (process := self._idle.pop())._broken:
+                return process
+            _kill(process)  # it died while it waited, which is not the fault of the next row
+        return None
 
     def close(self) -> None:
         """Waits for nobody: what still runs in a thread cannot be stopped."""

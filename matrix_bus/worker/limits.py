@@ -101,7 +101,7 @@ class StopRule:
             example = ""
             async for message in self._bus.read(stream, start):
                 head = _decode.decode(message.data)
-                if head.outcome == "failed":
+                if head.outcome == "failed" and message.seq <= last:  # more of them come in meanwhile
                     reasons[head.reason] += 1
                     if head.errors:
                         what = head.errors[-1]

@@ -64,7 +64,7 @@ def test_a_run_that_pauses_itself_tells_whoever_waits_for_it(shell: Shell, broke
     assert "no luck" in said
     assert "no worker serves" not in said
     assert shell.run("cancel", "r", "--server", broker.url).returncode == 0
-    assert submitter.ends() == 0
+    assert submitter.ends() == 0, submitter.said
     assert "run r is complete" in submitter.said
 
 

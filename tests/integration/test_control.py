@@ -6,12 +6,13 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from matrix_bus import Next, Row, RunConfig, control, registry, run, to
+from matrix_bus import Next, Outcome, Row, RunConfig, control, registry, run, success, to
 from matrix_bus.bus import Bus
 from matrix_bus.config import parse_run
 from matrix_bus.dataset import Line
@@ -105,7 +106,7 @@ async def test_a_submitter_learns_that_its_run_was_purged_before_a_large_row(bus
 
 @pytest.mark.parametrize(
     ("end", "said"),
-    [(control.cancel, "is cancelled: submit its failed rows as a run of their own"), (control.purge, "no run")],
+    [(control.cancel, "is cancelled: submit its failed rows as a run of their own"), (control.purge, "is deleted")],
 )
 async def test_a_retry_learns_that_its_run_was_ended(
     bus: Bus, monkeypatch: pytest.MonkeyPatch, end: Callable[[Bus, str], Awaitable[object]], said: str
@@ -133,8 +134,31 @@ async def test_who_cancels_a_run_learns_that_it_was_purged(bus: Bus, monkeypatch
     await began.wait()
     await control.purge(bus, record.id)
     gate.set()
-    with pytest.raises(RunError, match="no run"):
+    with pytest.raises(RunError, match="was deleted meanwhile"):
         await asyncio.wait_for(cancelling, 20)
+
+
+async def test_who_cancels_a_run_may_find_its_queue_deleted_by_another(bus: Bus) -> None:
+    record = await submitted(bus, trip(), rows(3))
+    await bus.api(f"STREAM.DELETE.{work_stream(record.id)}")
+    assert await control.ending._end_all(bus, record, travelling=True) == 0
+
+
+async def test_every_row_of_a_cancelled_run_is_found_behind_those_that_have_ended(bus: Bus) -> None:
+    """The newest message of the queue is gone then: it was the hop of a row that has an outcome."""
+    others = asyncio.Event()
+
+    async def wait(row: Row[Trip]) -> Outcome:
+        if row.number < 4:
+            await others.wait()
+        return success()
+
+    flow = trip(wait)
+    record = await submitted(bus, flow, rows(5))
+    async with working(bus.url, flow):
+        await until(partial(messages, bus, outcome_stream(record.id)), "the last row to end")
+    assert await control.cancel(bus, record.id) == 4
+    assert sorted(outcome.outcome for outcome in await all_outcomes(bus, record)) == ["filtered"] * 4 + ["success"]
 
 
 def _held_back(monkeypatch: pytest.MonkeyPatch, subject: str) -> tuple[asyncio.Event, asyncio.Event]:

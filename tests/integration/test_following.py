@@ -113,6 +113,22 @@ async def test_what_was_sent_again_is_followed_to_its_last_outcome(bus: Bus, mon
     assert [(o.row, o.generation) for o in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
+async def test_what_is_in_the_file_is_counted_to_its_end(
+    bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow, path = trip(), tmp_path / "out.jsonl"
+    record = await submitted(bus, flow, rows(4))
+    async with working(bus.url, flow):
+        await all_outcomes(bus, record)
+    await registry.update(bus, record.id, total=None)
+    await run.collect(bus, record, path, follow=False)
+    await registry.update(bus, record.id, total=4)
+    _lagging(monkeypatch, outcome_stream(record.id), reads=1)
+    tally = run.Tally(flow)
+    await run.collect(bus, record, path, follow=True, tally=tally)
+    assert tally.rows == 4
+
+
 async def test_every_failed_row_is_found(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     record = await _sent_again(bus)
     _lagging(monkeypatch, outcome_stream(record.id), reads=1)

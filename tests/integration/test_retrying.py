@@ -203,6 +203,17 @@ async def test_nothing_is_sent_again_while_rows_are_added(bus: Bus, tmp_path: Pa
         assert await control.retry_failed(bus, name) == 1
 
 
+async def test_sending_again_that_an_older_version_did_not_finish_is_taken_up(bus: Bus) -> None:
+    flow = trip(Luck(0))
+    record = await submitted(bus, flow, rows(2))
+    async with working(bus.url, flow):
+        await all_outcomes(bus, record)
+        await registry.update(bus, record.id, total=None, total_before=2, retried=1, retrying=None)
+        assert await control.retry_failed(bus, record.id) == 1
+        there = await registry.require(bus, record.id)
+        assert (there.total, there.total_before, there.retrying) == (2, None, None)
+
+
 async def test_a_run_stays_open_for_rows_that_are_added_while_others_are_sent_again(
     bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

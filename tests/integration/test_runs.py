@@ -238,7 +238,7 @@ async def test_lines_are_added_in_shards_of_which_one_is_sealed_twice(bus: Bus, 
 
 @pytest.mark.parametrize("shards", [1, 2])
 async def test_a_file_that_grows_while_it_is_submitted_is_sealed_by_who_has_all_of_it(
-    bus: Bus, tmp_path: Path, shards: int
+    bus: Bus, tmp_path: Path, caplog: pytest.LogCaptureFixture, shards: int
 ) -> None:
     growing = Growing(bus, tmp_path, shards)
     first = await growing.opened(4)
@@ -248,6 +248,7 @@ async def test_a_file_that_grows_while_it_is_submitted_is_sealed_by_who_has_all_
     longer = await growing.opened(10)
     parts = range(1, shards + 1)
     assert [await growing.submitted(shorter, 6, shard) for shard in parts][-1] is None
+    assert "its dataset has grown meanwhile" in caplog.text
     assert [await growing.submitted(longer, 10, shard) for shard in parts][-1] == 10
     assert [await growing.submitted(shorter, 6, shard) for shard in parts][-1] == 10
 

@@ -620,6 +620,17 @@ async def test_a_process_that_dies_takes_no_other_call_with_it(flow: Workflow[An
     executors.close()
 
 
+async def test_a_process_that_dies_while_it_waits_costs_the_next_call_nothing(
+    flow: Workflow[Any], executors: Executors
+) -> None:
+    call = Caller(flow, flow.roles["burn"], {flow.config: flow.parse_config({})}, executors, trials=1)
+    _, state = await called(call, row())
+    (idle,) = executors._idle
+    psutil.Process(flow.decode_state(state).pid).kill()
+    await until(lambda: idle._broken, "its end to be known")
+    await called(call, row())
+
+
 async def test_a_thread_handler_leaves_the_loop_free(executors: Executors) -> None:
     loop = asyncio.get_running_loop()
     started, let_go = asyncio.Event(), threading.Event()
