@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from .agent import Large, Workflow
 from .bus import STREAM_NOT_FOUND, Bus, Stored, create_bucket
-from .errors import BusError, ConfigError, NobodyListens, PublishRefused, RowError, RunError
+from .errors import BusError, ConfigError, PublishRefused, RowError, RunError
 from .orchestrator import is_token
 from .telemetry import logger
 
@@ -183,11 +183,8 @@ async def find(bus: Bus, name: str) -> WorkflowInfo:
 
 
 async def workflows(bus: Bus) -> list[WorkflowInfo]:
-    """All workflows that were announced and can be read, by name."""
-    try:
-        stored = [message async for message in bus.read(STREAM)]
-    except NobodyListens:
-        return []
+    """All workflows that were announced and can be read, by name. Raises `BusError`."""
+    stored = [message async for message in bus.read_if_there(STREAM)]
     found = [info for message in stored if (info := _readable(message)) is not None]
     return sorted(found, key=lambda info: info.name)
 

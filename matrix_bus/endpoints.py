@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from .bus import Bus, create_bucket
-from .errors import BusError, NobodyListens
+from .errors import BusError
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
@@ -88,10 +88,8 @@ async def withdraw(bus: Bus, replica: Replica) -> None:
 async def listing(bus: Bus, model: str | None = None) -> list[Replica]:
     """The replicas of a model, or of all, that were heard of within the last seconds, by model. Raises `BusError`."""
     subject = f"$KV.{BUCKET}.{_model_key(model) if model else '*'}.*"
-    try:
-        found = [replica async for message in bus.read(_STREAM, subject=subject) if (replica := _decode(message.data))]
-    except NobodyListens:
-        return []  # nobody ever served a model here
+    stored = [message async for message in bus.read_if_there(_STREAM, subject=subject)]
+    found = [replica for message in stored if (replica := _decode(message.data))]
     return sorted(found, key=lambda replica: (replica.model, replica.url))
 
 

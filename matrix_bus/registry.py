@@ -18,7 +18,7 @@ from msgspec import Struct
 from . import answers, catalog, payload, quota
 from .bus import STREAM_NOT_FOUND, Bus, Stored, create_bucket, create_stream, fence, is_lost_race, patiently
 from .config import RunConfig
-from .errors import BusError, ConfigError, NobodyListens, PublishRefused, RunError
+from .errors import BusError, ConfigError, PublishRefused, RunError
 from .orchestrator import LEASE_ROLE, SCHEMA, is_token, outcome_stream, outcome_subjects, work_stream, work_subjects
 from .telemetry import logger
 
@@ -262,15 +262,8 @@ async def require(bus: Bus, run: str) -> RunRecord:
 
 async def runs(bus: Bus, said: set[str] | None = None) -> list[RunRecord]:
     """All runs that are not deleted, oldest first. Those in `said` are known to be unreadable. Raises `BusError`."""
-    try:
-        stored = [message async for message in bus.read(_KEYS)]  # the bucket keeps the newest of each key
-    except NobodyListens:  # no run was ever submitted here, or the servers that have the bucket are away
-        try:
-            await bus.api(f"STREAM.INFO.{_KEYS}")
-        except PublishRefused as error:
-            if error.code == STREAM_NOT_FOUND:
-                return []
-        raise
+    # The bucket keeps the newest of each key, and is not there before the first run.
+    stored = [message async for message in bus.read_if_there(_KEYS)]
     said = said if said is not None else set()
     records = [record for message in stored if (record := _readable(message, said)) is not None]
     return sorted((r for r in records if r.state != "deleted"), key=lambda r: r.created_at)

@@ -13,6 +13,7 @@ from ..errors import BusError, BusTimeout, BusUnavailable, NobodyListens, Publis
 from .connection import CALL_TIMEOUT_S, Connection, Told
 from .wire import (
     NO_MESSAGE,
+    STREAM_NOT_FOUND,
     Headers,
     Message,
     PubAck,
@@ -133,6 +134,26 @@ class Bus(Connection):
                 count += 1
             if count == 0:
                 return
+
+    async def read_if_there(self, stream: str, *, subject: str = ">") -> AsyncIterator[Stored]:
+        """As `read`; nothing where there is no such stream. Raises `BusError`, also where it has no leader."""
+        start = 1
+        for again in (True, False):  # it may have been made between the read and the look
+            try:
+                async for message in self.read(stream, start, subject=subject):
+                    start = message.seq + 1
+                    yield message
+            except NobodyListens:
+                try:
+                    await self.last_sequence(stream)
+                except PublishRefused as error:
+                    if error.code != STREAM_NOT_FOUND:
+                        raise
+                else:
+                    if again:
+                        continue
+                    raise
+            return
 
     async def _direct(self, stream: str, query: dict[str, Any]) -> AsyncIterator[Stored]:
         await self.wait_connected()

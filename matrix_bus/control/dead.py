@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from msgspec import Struct
 
 from ..bus import Bus, Stored
-from ..errors import NobodyListens, RunError
+from ..errors import RunError
 from ..registry import DEAD
 from .retrying import retry_failed
 
@@ -26,12 +26,9 @@ class DeadLetter(Struct, frozen=True, kw_only=True):
 
 
 async def dead_letters(bus: Bus, run: str = "") -> AsyncIterator[DeadLetter]:
-    """All dead letters, oldest first, or those of one run."""
-    try:
-        async for message in bus.read(DEAD, subject=f"dead.{run}.*" if run else "dead.>"):
-            yield _letter(message)
-    except NobodyListens:
-        return  # no run was ever submitted here
+    """All dead letters, oldest first, or those of one run. Raises `BusError`."""
+    async for message in bus.read_if_there(DEAD, subject=f"dead.{run}.*" if run else "dead.>"):
+        yield _letter(message)
 
 
 def _letter(message: Stored) -> DeadLetter:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nats.aio.msg import Msg
 
+from matrix_bus import catalog, control, endpoints, registry
 from matrix_bus.broker import Broker, find_server, server_info
 from matrix_bus.bus import Bus, PubAck, is_lost_race, patiently
 from matrix_bus.bus.server import LEAST_PAYLOAD_BYTES
@@ -328,3 +330,23 @@ async def test_a_password_in_the_address_is_never_shown(capsys: pytest.CaptureFi
     printed = capsys.readouterr()
     assert "hush" not in str(caught.value) + printed.out + printed.err
     assert "nats://127.0.0.1:" in str(caught.value)
+
+
+async def test_what_nobody_answers_for_is_not_taken_for_empty(tmp_path: Path) -> None:
+    """As in a cluster, when the servers that have a stream are down: its direct gets have no responder then."""
+    with Broker(tmp_path / "broker") as broker:
+        async with connected(broker.url) as bus:
+            looks: dict[str, Callable[[Bus], Awaitable[Any]]] = {
+                catalog.STREAM: catalog.workflows,
+                endpoints._STREAM: endpoints.listing,
+                registry.DEAD: _dead,
+            }
+            for stream, look in looks.items():
+                assert await look(bus) == [], "nothing was ever there"
+                await bus.api(f"STREAM.CREATE.{stream}", {"name": stream, "subjects": [f"of.{stream}"]})
+                with pytest.raises(NobodyListens):
+                    await look(bus)
+
+
+async def _dead(bus: Bus) -> list[control.DeadLetter]:
+    return [letter async for letter in control.dead_letters(bus)]
